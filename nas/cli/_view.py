@@ -1,0 +1,259 @@
+"""What a person sees of a run: what the space is, one line per candidate, a bar with the best so far."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from nas.pareto import pareto_mask
+from nas.report.data import (
+    TrialRow,
+    as_number,
+    format_count,
+    format_interval,
+    format_ms,
+    format_value,
+    one_line,
+)
+from nas.report.tables import abbreviate, candidate_line
+
+if TYPE_CHECKING:
+    from nas.config import SearchConfig
+    from nas.study import StoredTrial
+    from spaces import SearchSpace
+
+__all__ = ["RunView", "count_text"]
+
+logger = logging.getLogger("nas.run")
+
+
+def count_text(count: float) -> str:
+    """An exact number of architectures: in full up to a million, then in scientific form."""
+    if count == float("inf"):
+        return "infinitely many (it has continuous parameters)"
+    return f"{count:,}" if count < 1_000_000 else f"{_scientific(int(count))} (exactly {count:,})"
+
+
+def _scientific(count: int) -> str:
+    digits = str(count)  # float(count) would overflow for the largest spaces
+    return f"{digits[0]}.{digits[1:3]}e{len(digits) - 1}"
+
+
+class RunView:
+    """Watches a run for a terminal, or line by line where there is none. Everything is also logged."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._lock = threading.Lock()
+        self._objectives: list[tuple[str, str]] = []
+        self._values: list[list[float]] = []
+        self._short: dict[str, str] = {}
+        self._now: dict[int, str] = {}
+        self._deadline: float | None = None
+        self._began = time.monotonic()
+        self._done_here = 0
+        self._total = 0
+        self._first_latency_told = False
+
+    # -- before ----------------------------------------------------------------------------------------------------
+
+    def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None:
+        task = found.get("task") or {}
+        self._line(
+            f"space    {space.name}: {count_text(space.cardinality())} architectures"
+        )
+        if task:
+            facts = ", ".join(
+                f"{one_line(key)} {one_line(value)}" for key, value in task.items() if _is_short(value)
+            )
+            self._line(f"task     {facts}")
+        self._line(
+            f"target   {config.target}; training on {config.device}, {config.workers} at a time; "
+            f"controller {config.controller}, {config.trials} trials, seed {config.seed}"
+        )
+        if not found.get("candidates"):
+            return
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("candidate", "parameters", "MACs", f"latency on {config.target} (ms)"):
+            table.add_column(name, justify="left" if name == "candidate" else "right")
+        for label, entry in found["candidates"].items():
+            latency = entry["latency"]
+            interval = format_interval(latency["median_ms"], latency["low_ms"], latency["high_ms"])
+            table.add_row(label, format_count(entry["params"]), format_count(entry["macs"]), interval)
+        self._console.print(table)
+        self._tell_budgets(config, found["candidates"])
+
+    def _tell_budgets(self, config: SearchConfig, candidates: Mapping[str, Any]) -> None:
+        largest = candidates["largest"]
+        costs = {
+            "latency_budget": (largest["latency"]["median_ms"], "ms"),
+            "params_budget": (largest["params"], "parameters"),
+            "macs_budget": (largest["macs"], "MACs"),
+        }
+        for key, (most, unit) in costs.items():
+            budget = getattr(config, key)
+            if budget is not None:
+                effect = (
+                    "excludes part of the space"
+                    if most > budget
+                    else "even the largest candidate shown meets it"
+                )
+                self._line(f"budget   {format_count(budget)} {unit}: {effect}")
+
+    # -- during ----------------------------------------------------------------------------------------------------
+
+    def searching(self, config: SearchConfig, done: int) -> None:
+        self._objectives = [
+            (name, direction)
+            for name, _, direction in (text.partition(":") for text in config.objectives or [])
+        ]
+        if done:
+            self._line(f"resuming: {done} of {config.trials} trials are finished")
+        self._total = config.trials
+        self._began = time.monotonic()
+        self._deadline = None if config.time_budget is None else self._began + config.time_budget
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("[bold]search"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}  {task.fields[best]}"),
+            TextColumn("[dim]{task.fields[now]}"),
+            console=self._console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task(
+            "", total=config.trials, completed=done, left="", best="", now=""
+        )
+        self._progress.start()
+
+    def started(self, trial: StoredTrial) -> None:
+        self._doing(trial.number, "starting")
+
+    def stage(self, trial: StoredTrial, event: dict[str, Any]) -> None:
+        stage = event["stage"]
+        if stage == "measured":
+            text = format_ms(event["latency"]["median_ms"])
+            self._doing(trial.number, f"{text}, training")
+            if not self._first_latency_told:
+                self._first_latency_told = True
+                self._line(
+                    f"#{trial.number:<4} {trial.name or 'first candidate'}: {text} measured, now training"
+                )
+        elif stage == "report":
+            self._doing(trial.number, f"epoch {event['epoch']}/{event['epochs']}")
+
+    def finished(self, trial: StoredTrial) -> None:
+        result = trial.result
+        assert result is not None  # only finished trials are shown
+        row = TrialRow(
+            number=trial.number,
+            architecture=trial.architecture,
+            key=trial.key,
+            state=trial.state,
+            name=trial.name,
+            values=result.values,
+            metrics=result.metrics,
+            latency=result.latency,
+            seconds=result.seconds,
+            failure=result.failure,
+        )
+        with self._lock:
+            self._now.pop(trial.number, None)
+            self._done_here += 1
+            mark = self._mark(row)
+            words = {value for value in row.architecture.values() if isinstance(value, str)} | set(
+                self._short
+            )
+            self._short = abbreviate(words)
+            short = self._short
+        line = candidate_line(
+            row, self._objectives, mark=mark, short=short, width=max(self._console.width, 80)
+        )
+        self._console.print(line)
+        logger.info("%s", line.plain)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(
+                self._task, advance=1, left=self._left(), best=self._best(), now=self._now_text()
+            )
+
+    def note(self, text: str) -> None:
+        self._line(text, style="yellow")
+
+    def _mark(self, row: TrialRow) -> str:
+        if row.state != "complete":
+            return ""
+        self._values.append([row.values[name] for name, _ in self._objectives])
+        directions = [direction for _, direction in self._objectives]
+        on_front = bool(pareto_mask(self._values, directions)[-1])  # type: ignore[arg-type]  # checked by the study
+        return "front" if on_front and len(directions) > 1 else "best" if on_front else ""
+
+    def _best(self) -> str:
+        if not self._values:
+            return ""
+        parts = []
+        for index, (name, direction) in enumerate(self._objectives):
+            best = (max if direction == "maximize" else min)(values[index] for values in self._values)
+            parts.append(f"best {name} {format_value(name, best)}")
+        if len(self._objectives) > 1:
+            directions = [direction for _, direction in self._objectives]
+            parts.append(f"front {int(pareto_mask(self._values, directions).sum())}")  # type: ignore[arg-type]
+        return ", ".join(parts)
+
+    def _left(self) -> str:
+        elapsed = time.monotonic() - self._began
+        task = self._progress.tasks[0] if self._progress else None
+        remaining = (self._total - task.completed) if task else 0
+        seconds = elapsed / max(1, self._done_here) * remaining
+        if self._deadline is not None:
+            seconds = min(seconds, max(0.0, self._deadline - time.monotonic()))
+        return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+    def _doing(self, number: int, text: str) -> None:
+        with self._lock:
+            self._now[number] = text
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, now=self._now_text())
+
+    def _now_text(self) -> str:
+        with self._lock:
+            return "  ".join(f"#{number} {text}" for number, text in sorted(self._now.items())[:3])
+
+    # -- after -----------------------------------------------------------------------------------------------------
+
+    def concluding(self, text: str) -> None:
+        self.close()
+        self._line(text)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+        logger.info("%s", text)
+
+
+def _is_short(value: object) -> bool:
+    return (
+        isinstance(value, (str, int, float))
+        and not isinstance(value, bool)
+        and len(str(value)) <= 80
+        and (not isinstance(value, float) or as_number(value) is not None)
+    )

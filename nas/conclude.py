@@ -1,0 +1,206 @@
+"""After the search: the finalists on test data and side by side on the target, then the report files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nas.files import CorruptFile, read_record, write_record
+from nas.report.data import RunReport, TrialRow
+
+if TYPE_CHECKING:
+    from nas.config import SearchConfig
+    from nas.executors import Executor, Outcome
+    from nas.run_directory import RunDirectory
+    from nas.study import StoredTrial, Study
+
+__all__ = ["build_report", "conclude", "write_report_files"]
+
+logger = logging.getLogger(__name__)
+
+MAX_FINALISTS = 12
+
+
+class _Watcher(Protocol):
+    def concluding(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def conclude(
+    study: Study,
+    config: SearchConfig,
+    facts: Mapping[str, Any],
+    executor: Executor | None,
+    watcher: _Watcher,
+    stopping: threading.Event,
+) -> RunReport:
+    """Judge the finalists (unless the run was stopped), write the report files and return the report.
+
+    The figures on test data and the interleaved latencies go to ``finalists.json``; they are kept when nothing new
+    has been evaluated since.
+    """
+    report = build_report(study, config, facts)
+    trained = ":" not in config.evaluator
+    if trained and executor is not None and report.front() and not stopping.is_set():
+        chosen = _finalists(report)
+        if not _already_judged(study.run, chosen):
+            watcher.concluding(f"measuring {len(chosen)} finalists again, side by side, and on test data")
+            judged = _judge(study, config, chosen, executor, watcher, stopping)
+            if judged is not None:
+                write_record(study.run.finalists, {"finalists": judged})
+        if config.keep_weights == "front":
+            _drop_weights(study, {row.number for row in chosen})
+        report = build_report(study, config, facts)
+    watcher.concluding("writing the report")
+    write_report_files(report, study.run)
+    return report
+
+
+def build_report(study: Study, config: SearchConfig, facts: Mapping[str, Any]) -> RunReport:
+    """Everything known about a run at this moment."""
+    trials = study.trials()
+    seconds = [trial.result.seconds or 0.0 for trial in trials if trial.result]
+    objective = facts.get("objective")
+    return RunReport(
+        name=study.run.path.resolve().name,
+        space=study.space.name,
+        task_description=dict(facts.get("task") or {}),
+        target=config.target or "",
+        objectives=study.objectives,
+        trials=[_row(trial) for trial in trials],
+        environment=dict(facts.get("environment") or {}),
+        recipe=config.dump(),
+        started=str(facts.get("started", "")),
+        finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+        wall_seconds=sum(seconds),
+        baseline=study.space.baseline if config.published else None,
+        finalists=_saved_finalists(study.run),
+        test_metric=objective[0] if objective else None,
+    )
+
+
+def _row(trial: StoredTrial) -> TrialRow:
+    row = TrialRow(
+        number=trial.number,
+        architecture=trial.architecture,
+        key=trial.key,
+        state=trial.state,
+        name=trial.name,
+        seed=trial.seed,
+    )
+    if trial.result is None:
+        return row
+    names = ("values", "metrics", "latency", "curve", "seconds", "failure")
+    return dataclasses.replace(row, **{name: getattr(trial.result, name) for name in names})
+
+
+# -- finalists ---------------------------------------------------------------------------------------------------------
+
+
+def _finalists(report: RunReport) -> list[TrialRow]:
+    front = report.front()
+    # A long front is thinned evenly; its two ends stay.
+    step = (len(front) - 1) / (MAX_FINALISTS - 1)
+    chosen = front if step <= 1 else [front[round(i * step)] for i in range(MAX_FINALISTS)]
+    base = report.baseline_row()
+    if base is not None and base.state == "complete" and base not in chosen:
+        chosen = [*chosen, base]
+    return chosen
+
+
+def _saved_finalists(run: RunDirectory) -> list[dict[str, Any]] | None:
+    if not run.finalists.exists():
+        return None
+    try:
+        found: list[dict[str, Any]] = read_record(run.finalists)["finalists"]
+        return found
+    except CorruptFile as error:
+        logger.warning("%s; the finalists will be judged again", error)
+        return None
+
+
+def _already_judged(run: RunDirectory, chosen: list[TrialRow]) -> bool:
+    saved = _saved_finalists(run)
+    return saved is not None and {entry["number"] for entry in saved} == {row.number for row in chosen}
+
+
+def _judge(
+    study: Study,
+    config: SearchConfig,
+    chosen: list[TrialRow],
+    executor: Executor,
+    watcher: _Watcher,
+    stopping: threading.Event,
+) -> list[dict[str, Any]] | None:
+    base = next((row for row in chosen if row.name == study.space.baseline), chosen[0])
+    shared = {"config": config.dump()}
+    trials = {trial.number: trial for trial in study.trials()}
+    tests: dict[int, Future[Outcome]] = {}
+    for row in chosen:
+        result = trials[row.number].result
+        payload = {
+            **shared,
+            "architecture": row.architecture,
+            "directory": str(study.run.trial(row.number)),
+            "weights_sha256": result.weights_sha256 if result else None,
+        }
+        tests[row.number] = executor.submit(
+            "nas.trial:finalist_metrics", payload, tag=f"test of trial {row.number}"
+        )
+    architectures = {str(row.number): row.architecture for row in chosen}
+    if not _finish(list(tests.values()), stopping):
+        return None
+    payload = {**shared, "architectures": architectures, "reference": str(base.number)}
+    timed = executor.submit("nas.trial:finalists_latency", payload, tag="latency of the finalists")
+    if not _finish([timed], stopping):
+        return None
+    latencies = timed.result()
+    if latencies.failure is not None:
+        watcher.note(f"the finalists could not be measured again: {latencies.failure.reason}")
+        return None
+    judged = []
+    for row in chosen:
+        outcome = tests[row.number].result()
+        if outcome.failure is not None:
+            watcher.note(f"trial {row.number} could not be evaluated on test data: {outcome.failure.reason}")
+        test = outcome.value["metrics"] if outcome.value else None
+        measured = (latencies.value or {})[str(row.number)]
+        judged.append(
+            {"number": row.number, "name": row.name, "test": test, "reference": base.number, **measured}
+        )
+    return judged
+
+
+def _finish(futures: list[Future[Outcome]], stopping: threading.Event) -> bool:
+    while wait(futures, timeout=0.2).not_done:
+        if stopping.is_set():
+            return False
+    return True
+
+
+def _drop_weights(study: Study, keep: set[int]) -> None:
+    for trial in study.trials():
+        if trial.number not in keep and trial.result is not None:
+            folder = study.run.trial(trial.number)
+            for name in ("weights.safetensors", "weights.safetensors.sha256"):
+                (folder / name).unlink(missing_ok=True)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_report_files(report: RunReport, run: RunDirectory) -> None:
+    """``pareto.csv``, ``pareto.png`` and ``report.html`` in the run directory, each written whole or not at all."""
+    from nas.report.html import write_html
+    from nas.report.plots import write_pareto_png
+    from nas.report.tables import write_pareto_csv
+
+    write_pareto_csv(report, run.csv)
+    write_pareto_png(report, run.png)
+    write_html(report, run.html)

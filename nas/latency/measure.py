@@ -1,0 +1,538 @@
+"""Latency of a model on a target: warm-up by rule, samples until the median is known well enough, honest extras.
+
+The caller keeps the device free meanwhile (``nas.latency.DeviceGate``). Nothing of the model is touched: a copy is
+converted, compiled and run. Time is that of one call, by a clock that every result names: on CUDA two events on the
+stream (with an idle queue they contain the launching of the kernels); on a CPU the wall clock, or the CPU time of the
+thread when it is the only one and other work was seen to run on its core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from nas.errors import UserMistake
+from nas.latency.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["InterleavedResult", "LatencyResult", "measure", "measure_interleaved", "median_interval"]
+
+CONTENDED_ABOVE = 1.05
+"""Wall time over CPU time of a single-threaded call above which other work must have run on its core."""
+
+_INPUT_COPIES = 4
+_WARMUP_WINDOW = 5
+_WARMUP_SLOPE = 0.02
+_WARMUP_SECONDS = 0.1
+_WARMUP_SHARE = 0.3
+_LEAST_SAMPLES = 3
+_LEAST_SECONDS = 0.25
+_VISIT_CALLS = 3
+_Result = TypeVar("_Result", "LatencyResult", "InterleavedResult")
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """Latency of one call, in milliseconds.
+
+    Attributes:
+        target: text of the target; latencies of different targets are never compared.
+        clock: what the times are made of: ``wall``, ``events`` (CUDA) or ``cpu``. The last is the CPU time of the only
+            thread, taken when the core was contended: it comes close to the wall time on a machine left alone.
+        median_ms, low_ms, high_ms: median, and its 95 % interval from order statistics (samples taken close together
+            are not independent, so it speaks of this session and not of another day).
+        p90_ms: 90th percentile of the samples; to be trusted from 100 samples on.
+        samples: timed calls, after ``warmup_runs`` untimed ones.
+        precise: the half-width of the interval came within the precision asked for before the time was up.
+        drift: median of the last third over that of the first third of the samples; 1 when nothing drifted.
+        first_call_ms: the very first call (allocation, kernel choice, compilation), not among the samples.
+        wall_ms: median wall time on the host, on CUDA with waiting for the result.
+        cpu_ms: median CPU time; None unless the target is one CPU thread.
+        wall_cpu_ratio: ``wall_ms`` over ``cpu_ms``.
+        contended: that ratio is above 1.05, so something else ran on the core; None where it cannot be told.
+        threads: CPU threads used; None on CUDA.
+        seconds: what the measurement took, the first call included.
+    """
+
+    target: str
+    clock: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    p90_ms: float
+    samples: int
+    precise: bool
+    drift: float
+    first_call_ms: float
+    wall_ms: float
+    cpu_ms: float | None
+    wall_cpu_ratio: float | None
+    contended: bool | None
+    threads: int | None
+    warmup_runs: int
+    seconds: float
+    device_name: str
+    torch_version: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatencyResult:
+        """The inverse of ``to_dict``. Raises ValueError for missing or unknown keys."""
+        return _from_dict(cls, data)
+
+
+@dataclass(frozen=True)
+class InterleavedResult:
+    """One model among several that were measured together.
+
+    Attributes:
+        target: text of the target.
+        reference: name of the model that the ratios refer to.
+        clock: what the times are made of, as in ``LatencyResult``; the same for all models.
+        median_ms, low_ms, high_ms: time of a call over all rounds, with its 95 % interval.
+        ratio, ratio_low, ratio_high: median, with its 95 % interval, of this model's time over the mean of the
+            reference's times just before and just after it; exactly 1 for the reference. Compare models by these.
+        rounds: visits to this model.
+        drift: median of the last third over that of the first third of its times.
+        contended: other work ran on the core; None where it cannot be told.
+    """
+
+    target: str
+    reference: str
+    clock: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+    drift: float
+    contended: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InterleavedResult:
+        """The inverse of ``to_dict``. Raises ValueError for missing or unknown keys."""
+        return _from_dict(cls, data)
+
+
+def measure(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    target: Target,
+    *,
+    max_seconds: float = 2.0,
+    precision: float = 0.02,
+    min_samples: int = 20,
+) -> LatencyResult:
+    """Measure one model.
+
+    Args:
+        model: on any device, in any mode; it is not changed.
+        inputs: what it is called with; the first dimension of each is ``target.batch``. Four copies with permuted
+            contents take turns, so that no cache serves the same values twice.
+        target: where and how to run it.
+        max_seconds: for warm-up and samples together, not for the first call; a model so slow that three samples
+            take longer gets them all the same.
+        precision: the half-width of the median's 95 % interval, relative to the median, at which to stop.
+        min_samples: timed calls before the interval is believed.
+
+    Raises:
+        UserMistake: the target is not there, or the inputs are of another batch size.
+    """
+    _check(target, {"model": inputs}, max_seconds=max_seconds, precision=precision, min_samples=min_samples)
+    with _session(target, 1):
+        started = time.perf_counter()
+        runner = _Runner(model, inputs, target)
+        first = runner()
+        deadline = time.perf_counter() + max_seconds
+        warmup = _warm_up(runner, max_seconds * _WARMUP_SHARE)
+        earliest = time.perf_counter() + min(_LEAST_SECONDS, max_seconds / 4)
+        times: list[_Times] = []
+        while not _enough(target, times, earliest, deadline, precision, min_samples):
+            times.append(runner())
+        seconds = time.perf_counter() - started
+    return _result(target, first, warmup, times, seconds, _precise(target, times, precision, min_samples))
+
+
+def measure_interleaved(
+    models: Mapping[str, tuple[nn.Module, Sequence[Tensor]]],
+    target: Target,
+    rounds: int = 25,
+    *,
+    reference: str | None = None,
+    max_seconds: float = 30.0,
+    seed: int = 0,
+) -> dict[str, InterleavedResult]:
+    """Measure several models against one of them, so that a drift of the machine touches all alike.
+
+    Each round visits all models in random order, with the reference before and after each.
+
+    Args:
+        models: name -> model and inputs, as for ``measure``.
+        target: where and how to run them.
+        rounds: at least 3; 9 or more for an interval worth the name.
+        reference: a name in ``models``; the first by default.
+        max_seconds: no further round is begun after this, once three are done.
+        seed: of the order.
+
+    Raises:
+        UserMistake: no models, an unknown reference, a target that is not there, inputs of another batch size.
+    """
+    _check(
+        target, {name: inputs for name, (_, inputs) in models.items()}, max_seconds=max_seconds, rounds=rounds
+    )
+    if reference is None:
+        reference = next(iter(models))
+    if reference not in models:
+        raise UserMistake(f"reference={reference!r} is not among the models: {', '.join(models)}")
+    with _session(target, len(models)):
+        runners = {name: _Runner(model, inputs, target) for name, (model, inputs) in models.items()}
+        for runner in runners.values():
+            runner()
+            _warm_up(runner, 0.5)
+        visits = _rounds(runners, reference, rounds, max_seconds, random.Random(seed))
+    return {name: _interleaved(target, reference, name, visits) for name in models}
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the median from order statistics, without any assumption on the distribution.
+
+    With fewer than six values no 95 % interval exists; the smallest and the largest are returned.
+    """
+    ordered = sorted(values)
+    rank = _rank(len(ordered), confidence)
+    return ordered[rank], ordered[len(ordered) - 1 - rank]
+
+
+class _Times(NamedTuple):
+    """One call, in milliseconds by each clock; NaN by a clock that the target does not have."""
+
+    wall: float
+    cpu: float
+    events: float
+
+
+class _Visit(NamedTuple):
+    """One visit to a model within a round, with the reference's times on both sides (equal to its own for itself)."""
+
+    times: _Times
+    before: _Times
+    after: _Times
+
+
+class _Runner:
+    """A private copy of a model, ready to be called with inputs that take turns; a call returns its times."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], target: Target):
+        import torch
+
+        device, dtype = target.torch_device(), target.torch_dtype()
+        prepared: Any = (
+            copy.deepcopy(model).eval().to(device=device, dtype=None if dtype == torch.float32 else dtype)
+        )
+        self._model = torch.compile(prepared) if target.compile else prepared
+        self._inputs = [[_like(x, number).to(device) for x in inputs] for number in range(_INPUT_COPIES)]
+        if dtype != torch.float32:
+            self._inputs = [
+                [x.to(dtype) if x.is_floating_point() else x for x in row] for row in self._inputs
+            ]
+        self._calls = 0
+        self._events = _events() if target.is_cuda else None
+
+    def __call__(self) -> _Times:
+        inputs = self._inputs[self._calls % _INPUT_COPIES]
+        self._calls += 1
+        if self._events is None:
+            cpu = time.thread_time_ns()
+            begun = time.perf_counter_ns()
+            self._model(*inputs)
+            wall = (time.perf_counter_ns() - begun) / 1e6
+            return _Times(wall, (time.thread_time_ns() - cpu) / 1e6, math.nan)
+        start, end = self._events
+        begun = time.perf_counter_ns()
+        start.record()
+        self._model(*inputs)
+        end.record()
+        end.synchronize()
+        wall = (time.perf_counter_ns() - begun) / 1e6
+        return _Times(wall, math.nan, start.elapsed_time(end))
+
+
+@contextlib.contextmanager
+def _session(target: Target, models: int) -> Iterator[None]:
+    """Threads, device, collector and compiler as the measurement needs them; everything is put back afterwards."""
+    import torch
+
+    threads = torch.get_num_threads()
+    collecting = gc.isenabled()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        if collecting:
+            stack.callback(gc.enable)
+        gc.disable()
+        if target.is_cuda:
+            stack.enter_context(torch.cuda.device(target.torch_device()))
+        else:
+            torch.set_num_threads(target.cpu_threads())
+        if target.compile:
+            stack.enter_context(_own_compilation(models))
+        stack.enter_context(torch.inference_mode())
+        yield
+
+
+@contextlib.contextmanager
+def _own_compilation(models: int) -> Iterator[None]:
+    """Compile each model for itself: after eight of one class torch would quietly run the ninth without compiling."""
+    import torch
+    import torch._dynamo.config as config
+
+    wanted = {"recompile_limit": models + 8, "cache_size_limit": models + 8}
+    refuse = {"fail_on_recompile_limit_hit": True, "fail_on_cache_limit_hit": True}
+    chosen = [
+        next({name: value} for name, value in pair.items() if hasattr(config, name))
+        for pair in (wanted, refuse)
+    ]
+    torch.compiler.reset()
+    with config.patch({**chosen[0], **chosen[1]}):
+        yield
+    torch.compiler.reset()
+
+
+def _like(x: Tensor, number: int) -> Tensor:
+    """The same values in another order; integers (token ids) within each row, so that paddings stay as many."""
+    import torch
+
+    generator = torch.Generator().manual_seed(number)
+    values = x.detach().cpu()
+    if x.dim() == 0 or x.dtype == torch.bool:
+        return values.clone()
+    if x.is_floating_point():
+        return values.flatten()[torch.randperm(values.numel(), generator=generator)].reshape(values.shape)
+    return values[..., torch.randperm(values.shape[-1], generator=generator)]
+
+
+def _events() -> tuple[Any, Any]:
+    import torch
+
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True), event(enable_timing=True)
+
+
+def _warm_up(runner: _Runner, most_seconds: float) -> int:
+    """Run until the last calls no longer get faster or slower, or the time is up; returns the number of calls."""
+    begun = time.perf_counter()
+    times: list[float] = []
+    while True:
+        times.append(runner().wall)
+        elapsed = time.perf_counter() - begun
+        settled = len(times) >= _WARMUP_WINDOW and _relative_slope(times[-_WARMUP_WINDOW:]) < _WARMUP_SLOPE
+        if elapsed >= most_seconds or (settled and elapsed >= _WARMUP_SECONDS):
+            return len(times)
+
+
+def _relative_slope(times: Sequence[float]) -> float:
+    """Size of the least-squares slope per call, relative to the mean."""
+    slope = statistics.linear_regression(range(len(times)), times).slope
+    return abs(slope) / statistics.fmean(times)
+
+
+def _enough(
+    target: Target,
+    times: Sequence[_Times],
+    earliest: float,
+    deadline: float,
+    precision: float,
+    min_samples: int,
+) -> bool:
+    if len(times) < _LEAST_SAMPLES:
+        return False
+    now = time.perf_counter()
+    # Sorting after every call would take longer than the calls of a small model.
+    due = len(times) % max(5, len(times) // 20) == 0
+    return now >= deadline or (due and now >= earliest and _precise(target, times, precision, min_samples))
+
+
+def _precise(target: Target, times: Sequence[_Times], precision: float, min_samples: int) -> bool:
+    if len(times) < max(min_samples, 6):
+        return False
+    values = _by(_clock(target, times), times)
+    low, high = median_interval(values)
+    return (high - low) / 2 <= precision * statistics.median(values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rank(count: int, confidence: float) -> int:
+    """The largest r such that the r-th smallest and the r-th largest (from 0) enclose the median so surely."""
+    if count > 400:
+        quantile = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
+        return max(0, math.floor((count - quantile * math.sqrt(count)) / 2) - 1)
+    below, rank = 0, 0
+    while True:
+        below += math.comb(count, rank)
+        if 2 * below > (1 - confidence) * 2**count:
+            return max(0, rank - 1)
+        rank += 1
+
+
+def _drift(times: Sequence[float]) -> float:
+    third = max(1, len(times) // 3)
+    return statistics.median(times[-third:]) / statistics.median(times[:third])
+
+
+def _wall_cpu_ratio(target: Target, times: Sequence[_Times]) -> float | None:
+    if target.is_cuda or target.cpu_threads() != 1:
+        return None
+    # Of medians, not of sums: a preempted call among many short ones does not make their median wrong.
+    return statistics.median(_by("wall", times)) / max(statistics.median(_by("cpu", times)), 1e-9)
+
+
+def _contended(target: Target, times: Sequence[_Times]) -> bool | None:
+    ratio = _wall_cpu_ratio(target, times)
+    return None if ratio is None else ratio > CONTENDED_ABOVE
+
+
+def _clock(target: Target, times: Sequence[_Times]) -> str:
+    if target.is_cuda:
+        return "events"
+    return "cpu" if _contended(target, times) else "wall"
+
+
+def _by(clock: str, times: Sequence[_Times]) -> list[float]:
+    return [getattr(t, clock) for t in times]
+
+
+def _result(
+    target: Target, first: _Times, warmup: int, times: Sequence[_Times], seconds: float, precise: bool
+) -> LatencyResult:
+    import torch
+
+    clock = _clock(target, times)
+    values = _by(clock, times)
+    low, high = median_interval(values)
+    ratio = _wall_cpu_ratio(target, times)
+    return LatencyResult(
+        target=str(target),
+        clock=clock,
+        median_ms=statistics.median(values),
+        low_ms=low,
+        high_ms=high,
+        p90_ms=sorted(values)[math.ceil(0.9 * len(values)) - 1],
+        samples=len(values),
+        precise=precise,
+        drift=_drift(values),
+        first_call_ms=first.wall,
+        wall_ms=statistics.median(_by("wall", times)),
+        cpu_ms=None if ratio is None else statistics.median(_by("cpu", times)),
+        wall_cpu_ratio=ratio,
+        contended=_contended(target, times),
+        threads=None if target.is_cuda else target.cpu_threads(),
+        warmup_runs=warmup,
+        seconds=seconds,
+        device_name=_device_name(target),
+        torch_version=str(torch.__version__),
+    )
+
+
+def _device_name(target: Target) -> str:
+    if not target.is_cuda:
+        from nas.environment import cpu_model
+
+        return cpu_model()
+    import torch
+
+    return torch.cuda.get_device_name(target.torch_device())
+
+
+def _rounds(
+    runners: Mapping[str, _Runner], reference: str, rounds: int, max_seconds: float, rng: random.Random
+) -> dict[str, list[_Visit]]:
+    visits: dict[str, list[_Visit]] = {name: [] for name in runners}
+    others = [name for name in runners if name != reference]
+    begun = time.perf_counter()
+    for number in range(rounds):
+        if number >= _LEAST_SAMPLES and time.perf_counter() - begun > max_seconds:
+            break
+        rng.shuffle(others)
+        before = _visit(runners[reference])
+        visits[reference].append(_Visit(before, before, before))
+        for name in others:
+            times = _visit(runners[name])
+            after = _visit(runners[reference])
+            visits[name].append(_Visit(times, before, after))
+            visits[reference].append(_Visit(after, after, after))
+            before = after
+    return visits
+
+
+def _visit(runner: _Runner) -> _Times:
+    # The other model has just filled the caches; the first call brings the weights back as in steady use.
+    runner()
+    calls = [runner() for _ in range(_VISIT_CALLS)]
+    return _Times(*(statistics.median(column) for column in zip(*calls, strict=True)))
+
+
+def _interleaved(
+    target: Target, reference: str, name: str, visits: Mapping[str, Sequence[_Visit]]
+) -> InterleavedResult:
+    everything = [visit.times for each in visits.values() for visit in each]
+    clock = _clock(target, everything)
+    own = visits[name]
+    values, before, after = (_by(clock, column) for column in zip(*own, strict=True))
+    ratios = [value / ((b + a) / 2) for value, b, a in zip(values, before, after, strict=True)]
+    return InterleavedResult(
+        str(target),
+        reference,
+        clock,
+        statistics.median(values),
+        *median_interval(values),
+        statistics.median(ratios),
+        *median_interval(ratios),
+        rounds=len(own),
+        drift=_drift(values),
+        contended=_contended(target, everything),
+    )
+
+
+def _check(target: Target, inputs: Mapping[str, Sequence[Tensor]], **numbers: float) -> None:
+    for name, value in numbers.items():
+        least = _LEAST_SAMPLES if name == "rounds" else 1 if name == "min_samples" else 0
+        if not (math.isfinite(value) and value >= least and value > 0):
+            raise UserMistake(
+                f"{name}={value} must be finite and {f'at least {least}' if least else 'above 0'}"
+            )
+    if not inputs:
+        raise UserMistake("models: there is none to measure; give at least one")
+    target.check()
+    for name, tensors in inputs.items():
+        for number, tensor in enumerate(tensors):
+            if tensor.dim() and tensor.shape[0] != target.batch:
+                raise UserMistake(
+                    f"inputs[{number}] of {name} has batch {tensor.shape[0]}, but target {str(target)!r} means "
+                    f"{target.batch}; write the batch size into the target, as in cpu@{tensor.shape[0]}"
+                )
+
+
+def _from_dict(cls: type[_Result], data: Mapping[str, Any]) -> _Result:
+    names = {field.name for field in fields(cls)}
+    if wrong := sorted(names ^ data.keys()):
+        raise ValueError(f"{cls.__name__}: {', '.join(wrong)} missing or unknown")
+    return cls(**data)

@@ -1,0 +1,254 @@
+"""The loop: ask, submit, record, tell. It owns no policy; each step is another module's."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nas.errors import RunStopped, SpaceExhausted
+from nas.study import StoredTrial, Study, TrialResult
+
+if TYPE_CHECKING:
+    from nas.config import SearchConfig
+    from nas.controllers import Controller
+    from nas.executors import Executor, Outcome
+    from nas.pruning import CurvePruner
+    from spaces import Architecture
+
+__all__ = ["Observer", "Search"]
+
+logger = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_FAILURES = 12
+"""So many failures on end, and not one success before, mean that the set-up is at fault and not the candidates."""
+
+
+class Observer(Protocol):
+    """Who watches a search: the terminal, a log, a test."""
+
+    def started(self, trial: StoredTrial) -> None:
+        """A candidate begins."""
+
+    def stage(self, trial: StoredTrial, event: dict[str, Any]) -> None:
+        """A candidate was counted, measured, or finished an epoch. Called from the executor's threads."""
+
+    def finished(self, trial: StoredTrial) -> None:
+        """A result was recorded."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+
+
+class Search:
+    """One session of a search over a study that may hold earlier trials already."""
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        study: Study,
+        controller: Controller,
+        executor: Executor,
+        pruner: CurvePruner,
+        observer: Observer,
+    ):
+        self.config = config
+        self.study = study
+        self.controller = controller
+        self.executor = executor
+        self.pruner = pruner
+        self.observer = observer
+        self.stopping = threading.Event()
+        self._running: dict[Future[Outcome], StoredTrial] = {}
+        self._waiting: deque[StoredTrial] = deque()
+        self._first: deque[tuple[str, Architecture]] = deque()
+        self._count = 0
+        self._succeeded = False
+        self._failures_on_end = 0
+        self._exhausted = False
+
+    def run(self, first: Sequence[tuple[str, Architecture]] = ()) -> None:
+        """Search until the trials or the time are used up, the space is exhausted, or ``stopping`` is set.
+
+        ``first``: named architectures to evaluate before the controller is asked. When stopped, running candidates
+        go back into the queue of the study. Raises RunStopped when every candidate fails.
+        """
+        self._replay(first)
+        deadline = None if self.config.time_budget is None else time.monotonic() + self.config.time_budget
+        try:
+            while not self.stopping.is_set():
+                self._fill(deadline)
+                if not self._running:
+                    break
+                done, _ = wait(self._running, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    self._finish(self._running.pop(future), future.result())
+        finally:
+            self._park_running()
+
+    # -- what is already known -------------------------------------------------------------------------------------
+
+    def _replay(self, first: Sequence[tuple[str, Architecture]]) -> None:
+        self._waiting.extend(self.study.recover())
+        trials = self.study.trials()
+        known = {trial.key for trial in trials}
+        self._count = len(trials)
+        for trial in trials:
+            if trial.result is None:
+                self.controller.reserve(trial.architecture)
+            else:
+                self._tell(trial)
+                self._replay_curve(trial, trial.result)
+        for name, architecture in first:
+            if self.study.space.key(architecture) not in known:
+                known.add(self.study.space.key(architecture))
+                self._first.append((name, architecture))
+
+    def _replay_curve(self, trial: StoredTrial, result: TrialResult) -> None:
+        curve = {int(point["epoch"]): float(point["quality"]) for point in result.curve if "quality" in point}
+        if curve:
+            costs = self._known_costs({**result.metrics, **_latency_metric(result.latency)})
+            self.pruner.replay(trial.number, costs, curve, complete=result.state == "complete")
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    def _fill(self, deadline: float | None) -> None:
+        while len(self._running) < self.executor.capacity and not self.stopping.is_set():
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            trial = self._next()
+            if trial is None:
+                return
+            self._submit(trial)
+
+    def _next(self) -> StoredTrial | None:
+        if self._waiting:
+            return self.study.claim(self._waiting.popleft())
+        if self._count >= self.config.trials or self._exhausted:
+            return None
+        if self._first:
+            name, architecture = self._first.popleft()
+            self.controller.reserve(architecture)
+            return self._suggest(architecture, name)
+        try:
+            return self._suggest(self.controller.ask(), None)
+        except SpaceExhausted:
+            self._exhausted = True
+            self.observer.note(f"every architecture of the space has been evaluated ({self._count})")
+            return None
+
+    def _suggest(self, architecture: Architecture, name: str | None) -> StoredTrial:
+        seed = (self.config.seed * 1_000_003 + self._count) % 2**31
+        self._count += 1
+        return self.study.suggest(architecture, name=name, seed=seed)
+
+    def _submit(self, trial: StoredTrial) -> None:
+        directory = self.study.run.trial(trial.number)
+        payload = {
+            "number": trial.number,
+            "key": trial.key,
+            "architecture": trial.architecture,
+            "seed": trial.seed,
+            "directory": str(directory),
+            "log": str(directory / "log.txt"),
+            "config": self.config.dump(),
+            "objectives": [list(objective) for objective in self.study.objectives],
+        }
+        self.observer.started(trial)
+        future = self.executor.submit(
+            "nas.trial:run_trial",
+            payload,
+            on_event=lambda event: self._on_event(trial, event),
+            time_limit=self.config.trial_timeout,
+            tag=f"trial {trial.number}",
+        )
+        self._running[future] = trial
+
+    def _on_event(self, trial: StoredTrial, event: dict[str, Any]) -> dict[str, Any] | None:
+        """Runs in a thread of the executor."""
+        self.observer.stage(trial, event)
+        if event["stage"] == "begun":
+            self.pruner.start(trial.number, self._known_costs(event))
+        if event["stage"] == "report":
+            return {"stop": self.pruner.should_stop(trial.number, event["epoch"], event["quality"])}
+        return None
+
+    def _known_costs(self, metrics: dict[str, Any]) -> list[float]:
+        """The objectives that do not depend on training, as costs."""
+        costs = []
+        for name, direction in self.study.objectives:
+            value = metrics.get(name)
+            if name in ("latency_ms", "params", "macs") and isinstance(value, (int, float)):
+                costs.append(value if direction == "minimize" else -value)
+        return costs
+
+    # -- recording -------------------------------------------------------------------------------------------------
+
+    def _finish(self, trial: StoredTrial, outcome: Outcome) -> None:
+        if outcome.failure is not None and outcome.failure.kind == "interrupted":
+            self.study.park(trial)
+            return
+        if outcome.value is not None:
+            result = TrialResult.from_dict(outcome.value)
+        else:
+            assert outcome.failure is not None  # an outcome has one of the two
+            failure = {
+                "kind": outcome.failure.kind,
+                "reason": outcome.failure.reason,
+                "log_tail": outcome.failure.log_tail,
+            }
+            result = TrialResult(state="failed", failure=failure, seconds=outcome.seconds)
+        trial = self.study.record(trial, result)
+        self.pruner.finish(trial.number, complete=result.state == "complete")
+        self._tell(trial)
+        self.observer.finished(trial)
+        self._watch_failures(result)
+
+    def _tell(self, trial: StoredTrial) -> None:
+        assert trial.result is not None  # only finished trials are told
+        values = trial.result.values
+        complete = trial.result.state == "complete"
+        self.controller.tell(
+            trial.architecture, [values[n] for n, _ in self.study.objectives] if complete else None
+        )
+        self._succeeded = self._succeeded or complete
+
+    def _watch_failures(self, result: TrialResult) -> None:
+        self._failures_on_end = self._failures_on_end + 1 if result.state == "failed" else 0
+        if not self._succeeded and self._failures_on_end >= MAX_CONSECUTIVE_FAILURES:
+            raise RunStopped(
+                f"stopped: the first {self._failures_on_end} candidates all failed; {self.commonest_failure()}"
+            )
+
+    def commonest_failure(self) -> str:
+        """The reason that most failed trials share, with a count; or that there is none."""
+        failed = [trial for trial in self.study.trials() if trial.result and trial.result.failure]
+        reasons = Counter(
+            str(trial.result.failure["reason"]) for trial in failed if trial.result and trial.result.failure
+        )
+        if not reasons:
+            return "no candidate was evaluated"
+        reason, count = reasons.most_common(1)[0]
+        first = next(
+            t.number for t in failed if t.result and t.result.failure and t.result.failure["reason"] == reason
+        )
+        log = self.study.run.trial(first) / "log.txt"
+        return f"commonest reason ({count} of {len(failed)}): {reason}; see {log}"
+
+    def _park_running(self) -> None:
+        """Stop what still runs and put it back into the queue; what finished in the meantime is recorded."""
+        if not self._running:
+            return
+        self.executor.close(kill=True)
+        for future, trial in list(self._running.items()):
+            outcome = future.result()
+            self._finish(trial, outcome)
+        self._running.clear()
+
+
+def _latency_metric(latency: dict[str, Any] | None) -> dict[str, float]:
+    return {"latency_ms": latency["median_ms"]} if latency else {}

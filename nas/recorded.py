@@ -1,0 +1,110 @@
+"""The recipe and the facts of a run, each from whichever of its copies is whole.
+
+``recipe.yaml`` and ``environment.json`` are what people read; the facts hold a copy of the recipe, and the study one
+of both.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nas.config import SearchConfig, load_recipe, to_yaml
+from nas.errors import UserMistake
+from nas.files import CorruptFile, atomic_write_text, read_record, write_record
+from nas.storage import keep_copy
+from nas.stored import read_identity
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nas.run_directory import RunDirectory
+
+__all__ = ["Recorded", "put_back", "read_recorded", "write_start"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run directory says of its run; ``damage`` maps a file to what is wrong with it."""
+
+    config: SearchConfig
+    facts: dict[str, Any] | None
+    damage: dict[Path, str] = field(default_factory=dict)
+
+
+def write_start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write both files of a new run; returns the facts with the recipe and a token of this run added.
+
+    A directory is a run from the moment it has a recipe: from then on the same command resumes it.
+    """
+    facts = {**facts, "recipe": config.dump(), "run": uuid.uuid4().hex}
+    write_record(run.environment, facts)
+    atomic_write_text(run.recipe, to_yaml(config))
+    return facts
+
+
+def read_recorded(run: RunDirectory) -> Recorded:
+    """The recipe and the facts; nothing is written.
+
+    ``facts`` is None when no copy of them is whole. Raises UserMistake when no copy of the recipe is.
+    """
+    damage: dict[Path, str] = {}
+    given: dict[str, Any] = {}
+    config: SearchConfig | None = None
+    facts: dict[str, Any] | None = None
+    try:
+        given = load_recipe(run.recipe)
+        config = SearchConfig.parse(given)
+    except UserMistake as mistake:
+        damage[run.recipe] = _reason(str(mistake), run.recipe)
+    try:
+        facts = read_record(run.environment)
+    except CorruptFile as error:
+        damage[run.environment] = error.why
+    except OSError as error:
+        damage[run.environment] = error.strerror or str(error)
+    missing = [key for key in SearchConfig.model_fields if key not in given]
+    if config is not None and missing:
+        # We write every key: one that lacks is a line lost, and its default may be another value.
+        damage[run.recipe] = f"it lacks {', '.join(missing[:3])}" + (" and more" if missing[3:] else "")
+    if not damage:
+        assert config is not None  # an unusable recipe is damage
+        return Recorded(config, facts)
+    return _from_copies(run, given if config is not None else {}, facts, damage)
+
+
+def _from_copies(
+    run: RunDirectory, given: dict[str, Any], facts: dict[str, Any] | None, damage: dict[Path, str]
+) -> Recorded:
+    known = {**((facts or {}).get("recipe") or {}), **given}
+    url = known.get("storage") or f"sqlite:///{run.database}"
+    identity = read_identity(run, str(url)) or {}
+    if facts is None:
+        facts = identity.get("facts")
+    copy = identity.get("config") or (facts or {}).get("recipe")
+    if run.recipe in damage and copy is None:
+        raise UserMistake(f"{run.recipe}: {damage[run.recipe]}; and no other copy of it can be read")
+    return Recorded(SearchConfig.parse({**(copy or {}), **given}, str(run.recipe)), facts, damage)
+
+
+def put_back(run: RunDirectory, recorded: Recorded) -> list[str]:
+    """Write what was damaged anew from its copies, keeping the damaged file; one line each. Raises OSError."""
+    lines = []
+    for path, why in recorded.damage.items():
+        if path == run.environment and recorded.facts is None:
+            lines.append(f"{path} is damaged: {why}; there is no copy, and the report will lack what it said")
+            continue
+        kept = f", the old one is kept as {keep_copy(path).name}" if path.exists() else ""
+        if path == run.recipe:
+            atomic_write_text(path, to_yaml(recorded.config))
+        elif recorded.facts is not None:
+            write_record(path, recorded.facts)
+        lines.append(f"{path} is damaged: {why}; it was written anew{kept}")
+    return lines
+
+
+def _reason(text: str, path: Path) -> str:
+    for prefix in (f"--recipe {path}: ", f"--recipe {path} ", "configuration: "):
+        text = text.removeprefix(prefix)
+    return text

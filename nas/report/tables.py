@@ -1,0 +1,425 @@
+"""Terminal tables, the one-line form of a candidate, and ``pareto.csv``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from nas.files import atomic_write_text
+from nas.report.data import (
+    RunReport,
+    TrialRow,
+    as_number,
+    format_count,
+    format_interval,
+    format_ms,
+    format_seconds,
+    format_value,
+    objective_label,
+    one_line,
+)
+
+__all__ = [
+    "Column",
+    "abbreviate",
+    "candidate_line",
+    "failures_table",
+    "finalists_table",
+    "front_table",
+    "interval_text",
+    "latency_text",
+    "summarize",
+    "trial_columns",
+    "write_pareto_csv",
+]
+
+_INDEXED = re.compile(r"([^\d]*?)[_-]?(\d+)")
+_SHOWN = 20
+
+
+# -- architectures in a few words --------------------------------------------------------------------------------------
+
+
+def abbreviate(words: Iterable[str]) -> dict[str, str]:
+    """Long words -> their shortest prefix of at least four letters that no other of ``words`` shares.
+
+    Give every word that may occur, so that one prefix never stands for two of them.
+    """
+    known = sorted(set(words))
+    short = {}
+    for word in known:
+        if len(word) <= 6:
+            continue
+        others = [other for other in known if other != word]
+        lengths = (n for n in range(4, len(word)) if not any(other.startswith(word[:n]) for other in others))
+        short[word] = word[: next(lengths, len(word))]
+    return short
+
+
+def _label_parts(key: str) -> tuple[tuple[str, bool], ...]:
+    """``layer0.attention`` -> ((layer, indexed), (attention, plain))."""
+    parts = []
+    for segment in key.split("."):
+        match = _INDEXED.fullmatch(segment)
+        parts.append((match[1], True) if match else (segment, False))
+    return tuple(parts)
+
+
+def _labels(templates: Iterable[tuple[tuple[str, bool], ...]]) -> dict[tuple[tuple[str, bool], ...], str]:
+    """The shortest label of each group that no other group has."""
+    known = list(templates)
+    short = {t: ".".join(stem for stem, indexed in t if not indexed) or t[-1][0] for t in known}
+    full = {t: ".".join(stem for stem, _ in t if stem) for t in known}
+    uses, full_uses = Counter(short.values()), Counter(full.values())
+    labels = {}
+    for template in known:
+        unique = uses[short[template]] == 1 and bool(short[template])
+        star = "*" if full_uses[full[template]] > 1 and any(indexed for _, indexed in template) else ""
+        labels[template] = short[template] if unique else f"{full[template]}{star}"
+    return labels
+
+
+def _value_text(value: Any, short: Mapping[str, str]) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return one_line(short.get(value, value) if isinstance(value, str) else value)
+
+
+def summarize(architecture: Mapping[str, Any], short: Mapping[str, str] | None = None) -> str:
+    """A flat architecture in a few words: ``embed=64 attention=cosf,soft,soft ffn=128×6``.
+
+    Parameters that differ only in numbers (layer0.ffn, layer1.ffn) become one list in their order, a value that
+    occurs three times or more in a row is written once with its count. ``short`` (from ``abbreviate``) replaces
+    long words.
+    """
+    groups: dict[tuple[tuple[str, bool], ...], list[str]] = defaultdict(list)
+    for key, value in architecture.items():
+        groups[_label_parts(key)].append(_value_text(value, short or {}))
+    labels = _labels(groups)
+    return " ".join(
+        f"{one_line(labels[template])}={_run_lengths(texts)}" for template, texts in groups.items()
+    )
+
+
+def _run_lengths(texts: Sequence[str]) -> str:
+    parts: list[str] = []
+    for text, run in groupby(texts):
+        count = len(list(run))
+        parts.extend([f"{text}×{count}"] if count > 2 else [text] * count)
+    return ",".join(parts)
+
+
+def _short_words(report: RunReport) -> dict[str, str]:
+    return abbreviate(v for row in report.trials for v in row.architecture.values() if isinstance(v, str))
+
+
+# -- the live view -----------------------------------------------------------------------------------------------------
+
+
+def candidate_line(
+    row: TrialRow,
+    objectives: Sequence[tuple[str, str]],
+    *,
+    mark: str = "",
+    short: Mapping[str, str] | None = None,
+    width: int = 100,
+) -> Text:
+    """One finished candidate on one line of at most ``width`` columns.
+
+    ``mark`` is a word of up to five letters such as "best" or "front". ``short`` as in ``summarize``.
+    """
+    line = Text(f"#{row.number:<4}", style="bold" if mark else "", no_wrap=True, overflow="ellipsis")
+    if row.state == "complete":
+        line.append(f" {mark:<5}", style="green")
+        for text in _figures(row, objectives):
+            line.append(f"  {text}")
+        line.append(f"  {one_line(row.name)}  " if row.name else "  ", style="cyan")
+        line.append(summarize(row.architecture, short), style="dim")
+    else:
+        line.append(f" {row.state}", style="red" if row.state == "failed" else "yellow")
+        if row.seconds is not None:
+            line.append(f"  {format_seconds(row.seconds)}", style="dim")
+        line.append(f"  {_failure_text(row)}")
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def _figures(row: TrialRow, objectives: Sequence[tuple[str, str]]) -> list[str]:
+    texts = []
+    names = [name for name, _ in objectives]
+    measured = as_number((row.latency or {}).get("median_ms"))
+    if measured is not None and not any(name.startswith("latency") for name in names):
+        names.append("latency_ms")
+    for name in names:
+        value = row.values.get(name, measured if name == "latency_ms" else None)
+        if value is None:
+            continue
+        if name.startswith("latency"):
+            texts.append(f"{format_ms(value):>8} {_half_width(row):>5}".rstrip())
+        else:
+            texts.append(f"{one_line(objective_label(name))} {format_value(name, value)}")
+    params = as_number(row.metrics.get("params"))
+    if params is not None and "params" not in names:
+        texts.append(f"{format_count(params):>6}")
+    if row.seconds is not None:
+        texts.append(f"{format_seconds(row.seconds):>5}")
+    return texts
+
+
+def _half_width(row: TrialRow) -> str:
+    """Half of the latency's interval relative to its median, such as ±1.4%."""
+    median, low, high = (
+        as_number((row.latency or {}).get(key)) for key in ("median_ms", "low_ms", "high_ms")
+    )
+    if not median or low is None or high is None:
+        return ""
+    share = (high - low) / 2 / median
+    return f"±{share:.1%}" if share < 0.0995 else f"±{share:.0%}"
+
+
+def _failure_text(row: TrialRow) -> str:
+    failure = row.failure or {}
+    kind, reason = one_line(failure.get("kind", "")), one_line(failure.get("reason", ""))
+    return f"{kind}: {reason}" if kind and kind != row.state else reason
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _table(title: str = "") -> Table:
+    heading = Text(one_line(title, 78), style="bold") if title else None
+    return Table(
+        title=heading, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+
+
+def _columns(table: Table, first: str, others: Iterable[str]) -> None:
+    table.add_column(first, no_wrap=True, overflow="ellipsis")
+    for name in others:
+        table.add_column(Text(name), justify="right", no_wrap=True, overflow="ellipsis")
+
+
+def _two_lines(label: str) -> str:
+    return label.replace("test ", "test\n", 1) if label.startswith("test ") else label
+
+
+def interval_text(
+    source: Mapping[str, Any], value: str = "median_ms", low: str = "low_ms", high: str = "high_ms"
+) -> str:
+    """``0.42 (0.41-0.43)`` from three keys of ``source``; empty without the value, bare without the bounds."""
+    number = as_number(source.get(value))
+    return (
+        ""
+        if number is None
+        else format_interval(number, as_number(source.get(low)), as_number(source.get(high)))
+    )
+
+
+def latency_text(row: TrialRow, objective: str | None = None) -> str:
+    """Milliseconds with their interval, from the trial's measurement or else from the value of ``objective``."""
+    fallback = {"median_ms": row.values.get(objective)} if objective else {}
+    return interval_text(row.latency or fallback)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column about complete trials: its heading, the number to sort by, and the text to show."""
+
+    label: str
+    value: Callable[[TrialRow], float | None]
+    text: Callable[[TrialRow], str]
+
+
+def _number_column(label: str, name: str, value: Callable[[TrialRow], float | None]) -> Column:
+    def text(row: TrialRow) -> str:
+        number = value(row)
+        return "" if number is None else format_value(name, number)
+
+    return Column(one_line(label, 30), value, text)
+
+
+def _latency_column(label: str, objective: str | None) -> Column:
+    def value(row: TrialRow) -> float | None:
+        return as_number(row.values.get(objective) if objective else (row.latency or {}).get("median_ms"))
+
+    return Column(one_line(label, 30), value, lambda row: latency_text(row, objective))
+
+
+def trial_columns(report: RunReport) -> list[Column]:
+    """Objectives, latency with its interval, params, MACs and test metric, each where any trial has it."""
+    names = [name for name, _ in report.objectives]
+    columns = [
+        _latency_column(objective_label(name), name)
+        if name.startswith("latency")
+        else _number_column(objective_label(name), name, partial(_objective, name))
+        for name in names
+    ]
+    if not any(name.startswith("latency") for name in names) and any(row.latency for row in report.trials):
+        columns.append(_latency_column("latency (ms)", None))
+    for label, name in (("params", "params"), ("MACs", "macs")):
+        if name not in names and any(name in row.metrics for row in report.trials):
+            columns.append(_number_column(label, name, partial(_metric, name)))
+    test = report.test_metric
+    if test is not None and any(report.test_value(row) is not None for row in report.trials):
+        columns.append(_number_column(f"test {objective_label(test)}", test, report.test_value))
+    return columns
+
+
+def _objective(name: str, row: TrialRow) -> float | None:
+    return as_number(row.values.get(name))
+
+
+def _metric(name: str, row: TrialRow) -> float | None:
+    return as_number(row.metrics.get(name))
+
+
+def front_table(report: RunReport) -> Group:
+    """The front and the baseline: their figures as a table, their architectures below it.
+
+    A front of more than 20 is shown by 20 of its members, spread evenly; the title says so.
+    """
+    front = report.front()
+    if not front:
+        return Group(Text("No candidate has been evaluated to the end, so there is no front."))
+    shown = front
+    if len(front) > _SHOWN:
+        shown = [front[round(i * (len(front) - 1) / (_SHOWN - 1))] for i in range(_SHOWN)]
+    title = f"{'Pareto front' if len(report.objectives) > 1 else 'Best'} of {one_line(report.space, 40)}"
+    if report.target:
+        title += f", latency on {one_line(report.target, 24)}"
+    if len(shown) < len(front):
+        title += f"\n{len(shown)} of {len(front)} are shown; all are in pareto.csv"
+    base = report.baseline_row()
+    columns = trial_columns(report)
+    table = _table()
+    _columns(table, "trial", (_two_lines(column.label) for column in columns))
+    for row in shown:
+        table.add_row(Text(one_line(row.title, 40)), *(Text(column.text(row)) for column in columns))
+    extra = []
+    if base is not None and base.state == "complete" and all(base is not row for row in shown):
+        extra = [base]
+        table.add_section()
+        table.add_row(
+            Text(one_line(base.title, 40)), *(Text(column.text(base)) for column in columns), style="dim"
+        )
+    listing = Table.grid(padding=(0, 2))
+    listing.add_column(no_wrap=True)
+    listing.add_column(overflow="fold")
+    short = _short_words(report)
+    for row in [*shown, *extra]:
+        listing.add_row(Text(f"#{row.number}"), Text(summarize(row.architecture, short), style="dim"))
+    return Group(Text(title, style="bold"), table, listing)
+
+
+def finalists_table(report: RunReport) -> Table:
+    """The second measurement of the front beside the baseline: latency, ratio to the baseline, test metric."""
+    table = _table(f"Measured again side by side on {report.target}")
+    columns = ["latency (ms)", "against the baseline"]
+    if report.test_metric is not None:
+        columns.append(f"test {one_line(objective_label(report.test_metric), 25)}")
+    _columns(table, "trial", columns)
+    rows = {row.number: row for row in report.trials}
+    for found in report.finalists or ():
+        row = rows.get(int(found["number"]))
+        latency, ratio = interval_text(found), interval_text(found, "ratio", "ratio_low", "ratio_high")
+        is_base = row is not None and row.name is not None and row.name == report.baseline
+        cells = [latency, "baseline" if is_base else f"{ratio} ×" if ratio else ""]
+        if report.test_metric is not None:
+            value = report.test_value(row) if row is not None else None
+            cells.append("" if value is None else format_value(report.test_metric, value))
+        title = row.title if row is not None else f"#{found['number']}"
+        table.add_row(Text(one_line(title, 40)), *(Text(cell) for cell in cells))
+    return table
+
+
+def failures_table(report: RunReport) -> Table:
+    """Failed trials by kind and reason, the commonest first."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for row in report.in_state("failed"):
+        failure = row.failure or {}
+        groups[one_line(failure.get("kind", "error"), 12), one_line(failure.get("reason", ""))].append(
+            row.number
+        )
+    table = _table("Failed candidates")
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("trials", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    for (kind, reason), numbers in sorted(groups.items(), key=lambda item: (-len(item[1]), item[1][0])):
+        trials = ", ".join(f"#{number}" for number in numbers[:3]) + (" …" if len(numbers) > 3 else "")
+        table.add_row(str(len(numbers)), Text(kind), trials, Text(one_line(reason, 300)))
+    return table
+
+
+# -- pareto.csv --------------------------------------------------------------------------------------------------------
+
+
+def write_pareto_csv(report: RunReport, path: Path) -> None:
+    """Write every complete trial to ``path``, one row each, with its architecture as JSON in the last column.
+
+    Latencies are in milliseconds. Text that a spreadsheet would run as a formula gets a leading apostrophe.
+    """
+    rows = sorted(report.in_state("complete"), key=lambda row: row.number)
+    front = {row.number for row in report.front()}
+    tests = sorted({name for row in rows for name in (report.finalist(row).get("test") or row.test_metrics)})
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    objectives = [name for name, _ in report.objectives]
+    header = [
+        "trial",
+        "name",
+        "on_front",
+        *objectives,
+        "latency_median_ms",
+        "latency_low_ms",
+        "latency_high_ms",
+    ]
+    header += [
+        "latency_precise",
+        "params",
+        "macs",
+        *(f"test_{name}" for name in tests),
+        "seconds",
+        "seed",
+        "key",
+    ]
+    writer.writerow([_cell(name) for name in [*header, "architecture"]])
+    for row in rows:
+        latency = row.latency or {}
+        found = report.finalist(row).get("test") or row.test_metrics
+        cells = [
+            row.number,
+            row.name,
+            int(row.number in front),
+            *(row.values.get(name) for name in objectives),
+        ]
+        cells += [latency.get(name) for name in ("median_ms", "low_ms", "high_ms", "precise")]
+        cells += [row.metrics.get("params"), row.metrics.get("macs"), *(found.get(name) for name in tests)]
+        cells += [row.seconds, row.seed, row.key, json.dumps(row.architecture)]
+        writer.writerow([_cell(cell) for cell in cells])
+    atomic_write_text(path, buffer.getvalue())
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, str):
+        text = "".join(char if char.isprintable() else " " for char in value)
+        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+    if value is None or isinstance(value, bool):
+        return "" if value is None else int(value)
+    return value

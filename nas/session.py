@@ -1,0 +1,260 @@
+"""One run from start to report: set it up or take it up again, search, conclude."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import wait
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nas.conclude import conclude
+from nas.config import SearchConfig, to_yaml
+from nas.controllers import make_controller
+from nas.environment import describe_environment
+from nas.errors import RunStopped, UserMistake
+from nas.executors import LocalExecutor
+from nas.files import atomic_write_text
+from nas.loop import Observer, Search
+from nas.pruning import CurvePruner
+from nas.recorded import put_back, read_recorded, write_start
+from nas.resolve import CHANGEABLE, changed_keys, objectives_of, probe_architectures, resolve
+from nas.run_directory import RunDirectory
+from nas.study import Study
+from spaces import get_space
+
+if TYPE_CHECKING:
+    from nas.executors import Executor
+    from nas.report.data import RunReport
+    from spaces import Architecture, SearchSpace
+
+__all__ = ["Session", "SessionObserver", "Stopped", "default_directory"]
+
+logger = logging.getLogger(__name__)
+
+
+class SessionObserver(Observer, Protocol):
+    """Who watches a whole run."""
+
+    def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None:
+        """What the space is, before the search; ``found`` is what ``nas.trial.probe`` returned."""
+
+    def searching(self, config: SearchConfig, done: int) -> None:
+        """The search begins; ``done`` trials are known from before."""
+
+    def concluding(self, text: str) -> None:
+        """Work after the search."""
+
+
+class Stopped(Exception):
+    """The user asked to stop before the search had begun."""
+
+
+@dataclass
+class _SetUp:
+    config: SearchConfig
+    space: SearchSpace
+    study: Study
+    facts: dict[str, Any]
+
+
+def default_directory(space: str) -> Path:
+    """``runs/SPACE-DATE-TIME`` below the current directory."""
+    name = "".join(char if char.isalnum() or char in "-_" else "-" for char in Path(space.split(":")[0]).stem)
+    return Path("runs") / f"{name or 'search'}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+class Session:
+    """Drives one run directory.
+
+    ``stop()`` may be called from a signal handler or another thread at any time: running candidates go back into
+    the queue, and what is finished stays.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        observer: SessionObserver,
+        executor: Executor | None = None,
+        space: SearchSpace | None = None,
+    ):
+        self.run_directory = RunDirectory(out)
+        self.observer = observer
+        self.stopping = threading.Event()
+        self._executor = executor
+        self._space = space
+        self._search: Search | None = None
+
+    def stop(self) -> None:
+        """Stop as soon as it is safe."""
+        self.stopping.set()
+        if self._search is not None:
+            self._search.stopping.set()
+
+    def run(self, given: Mapping[str, Any]) -> RunReport:
+        """Start the run that ``given`` describes, or go on with the one that is in the directory already.
+
+        ``given`` holds the keys of a recipe; a directory that holds a run needs none of them.
+        Raises UserMistake, RunStopped.
+        """
+        try:
+            if not self.run_directory.holds_run() and not self.run_directory.is_empty():
+                raise UserMistake(
+                    f"--out {self.run_directory.path}: holds files but no run; give an empty or a new directory"
+                )
+            self.run_directory.acquire()
+            # Only now: until it had the lock, another driver may have started a run here.
+            set_up = self._resume(given) if self.run_directory.holds_run() else self._start(given)
+            self._drive(set_up)
+            return conclude(
+                set_up.study, set_up.config, set_up.facts, self._executor, self.observer, self.stopping
+            )
+        finally:
+            if self._executor is not None:
+                self._executor.close(kill=True)
+            self.run_directory.discard_if_empty()
+            self.run_directory.release()
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def _start(self, given: Mapping[str, Any]) -> _SetUp:
+        config = resolve(SearchConfig.parse(given))
+        Study.require_free(self.run_directory, config.dump())
+        executor = self._make_executor(config)
+        space = self._space or get_space(config.space, task=config.task)
+        make_controller(config.controller, space, ["minimize"], config.seed, **config.controller_options)
+        facts: dict[str, Any] = {"objective": None, "candidates": {}, "task": {}, "epochs": 1}
+        if ":" not in config.evaluator:
+            facts = self._probe(executor, config, space)
+        objectives = objectives_of(config, facts["objective"])
+        resolved = {"objectives": [f"{name}:{direction}" for name, direction in objectives]}
+        config = SearchConfig.parse({**config.dump(), **resolved})
+        self.observer.space(space, config, facts)
+        _refuse_impossible_budgets(config, facts)
+        make_controller(
+            config.controller, space, [d for _, d in objectives], config.seed, **config.controller_options
+        )
+        facts["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        facts["environment"] = describe_environment(gpu=config.device != "cpu")
+        facts = write_start(self.run_directory, config, facts)
+        study = Study.create(self.run_directory, space, objectives, config.dump(), facts)
+        return _SetUp(config, space, study, facts)
+
+    def _resume(self, given: Mapping[str, Any]) -> _SetUp:
+        recorded = read_recorded(self.run_directory)
+        config = recorded.config
+        if changes := changed_keys(given, config):
+            raise UserMistake(
+                f"{self.run_directory.path}: holds a run with other settings ({'; '.join(changes)}); "
+                "start this one with another --out"
+            )
+        wanted = {key: value for key, value in given.items() if key in CHANGEABLE and value is not None}
+        config = resolve(SearchConfig.parse({**config.dump(), **wanted}))
+        self._make_executor(config)
+        space = self._space or get_space(config.space, task=config.task)
+        objectives = objectives_of(config, None)
+        study, mended = Study.open(self.run_directory, space, objectives, config.dump(), recorded.facts)
+        for line in [*put_back(self.run_directory, recorded), *mended]:
+            self.observer.note(line)
+        for line in _edited(recorded.config, study.started_config(), self.run_directory):
+            self.observer.note(line)
+        study.adopt(config.dump())
+        atomic_write_text(self.run_directory.recipe, to_yaml(config))
+        return _SetUp(config, space, study, recorded.facts or {"candidates": {}, "epochs": config.epochs or 1})
+
+    def _make_executor(self, config: SearchConfig) -> Executor:
+        if self._executor is None:
+            model = ":" not in config.evaluator
+            environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (config.workers or 1)))}
+            executor = LocalExecutor(
+                config.workers or 1,
+                memory_limit_bytes=config.memory_limit,
+                retries=config.retries,
+                log_directory=Path(tempfile.gettempdir()),
+                environment=environment,
+                setup="nas.evaluators.train" if model else "nas.trial",
+            )
+            executor.warm()
+            self._executor = executor
+        return self._executor
+
+    def _probe(self, executor: Executor, config: SearchConfig, space: SearchSpace) -> dict[str, Any]:
+        payload = {"config": config.dump(), "architectures": probe_architectures(space, config.seed)}
+        future = executor.submit("nas.trial:probe", payload, tag="probe")
+        while not wait([future], timeout=0.2).done:
+            if self.stopping.is_set():
+                raise Stopped
+        outcome = future.result()
+        if outcome.failure is not None:
+            raise RunStopped(
+                f"the search space could not be sized: {outcome.failure.reason}\n{outcome.failure.log_tail}"
+            )
+        found = outcome.value or {}
+        if "mistake" in found:
+            raise UserMistake(found["mistake"])
+        return found
+
+    # -- searching -------------------------------------------------------------------------------------------------
+
+    def _drive(self, set_up: _SetUp) -> None:
+        config, study, space = set_up.config, set_up.study, set_up.space
+        assert self._executor is not None  # made while setting up
+        directions = [direction for _, direction in study.objectives]
+        controller = make_controller(
+            config.controller, space, directions, config.seed, **config.controller_options
+        )
+        pruner = CurvePruner(config.pruner, int(set_up.facts.get("epochs") or config.epochs or 1))
+        self._search = Search(config, study, controller, self._executor, pruner, self.observer)
+        if self.stopping.is_set():
+            self._search.stopping.set()
+        self.observer.searching(config, sum(trial.result is not None for trial in study.trials()))
+        started = time.monotonic()
+        self._search.run(_first_architectures(space, config))
+        logger.info("searched for %.1f s", time.monotonic() - started)
+
+
+def _first_architectures(space: SearchSpace, config: SearchConfig) -> list[tuple[str, Architecture]]:
+    """The baseline, then published variants, at most a third of the trials: the rest is for searching."""
+    if not config.published:
+        return []
+    names = sorted(space.published, key=lambda name: name != space.baseline)
+    return [(name, space.published[name]) for name in names[: max(1, config.trials // 3)]]
+
+
+def _refuse_impossible_budgets(config: SearchConfig, facts: Mapping[str, Any]) -> None:
+    smallest = facts["candidates"].get("smallest")
+    if smallest is None:
+        return
+    costs = {
+        "latency_budget": (smallest["latency"]["low_ms"], "ms"),
+        "params_budget": (smallest["params"], "parameters"),
+        "macs_budget": (smallest["macs"], "MACs"),
+    }
+    for key, (least, unit) in costs.items():
+        budget = getattr(config, key)
+        if budget is not None and least > budget:
+            raise UserMistake(
+                f"--{key.replace('_', '-')} {budget:g}: the smallest architecture of the space takes "
+                f"{least:.4g} {unit} on {config.target}; give at least that, or another space"
+            )
+
+
+def _edited(config: SearchConfig, started: Mapping[str, Any], run: RunDirectory) -> list[str]:
+    """What the recipe file says differently from the study, one line; refuses what would change the results."""
+    original = SearchConfig.parse(dict(started)).dump()
+    edits = {
+        key: f"{key}: {original[key]} -> {value}" for key, value in config.dump().items() if value != original[key]
+    }
+    changes = [text for key, text in edits.items() if key not in CHANGEABLE]
+    if changes:
+        raise UserMistake(
+            f"{run.recipe}: differs from what the run was started with ({'; '.join(changes)}); "
+            f"start another run with --out, or write the original back with 'nas doctor --repair {run.path}'"
+        )
+    return [f"{run.recipe} was changed since the last session: {'; '.join(edits.values())}"] if edits else []

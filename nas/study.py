@@ -1,0 +1,323 @@
+"""What is remembered: one durable record per suggestion and one per result, in Optuna's storage and beside it.
+
+The order of writes makes every moment safe to be killed at:
+suggestion  -> RUNNING trial in the storage (one transaction) -> trials/N/architecture.json (sealed)
+result      -> trials/N/result.json (sealed, written where the candidate ran) -> result and final state in the storage
+So whatever the storage lacks can be told from the sealed records, and the storage can be built again from them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nas.errors import RunStopped, UserMistake
+from nas.files import CorruptFile, seal
+from nas.mending import Found, mend_files, ordered
+from nas.records import Records, StoredTrial, TrialResult
+from nas.storage import DamagedStorage, close_storage, open_storage, stop_on_error
+from nas.stored import OPTUNA_STATES, StoredStudy, append_trials, make_identity, study_name
+
+if TYPE_CHECKING:
+    from nas.ledger import Ledger
+    from nas.pareto import Direction
+    from nas.run_directory import RunDirectory
+    from spaces import Architecture, SearchSpace
+
+__all__ = ["MAX_INTERRUPTIONS", "StoredTrial", "Study", "TrialResult"]
+
+logger = logging.getLogger(__name__)
+
+MAX_INTERRUPTIONS = 3
+"""A candidate that ran at this many deaths of its driver is suspected of causing them and is not tried again."""
+
+_TOLD = 3
+
+
+class Study:
+    """All trials of one search. Open it with ``Study.create`` or ``Study.open`` while holding the run directory.
+
+    Nobody else writes to it then, so what was read once is kept in memory.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        space: SearchSpace,
+        objectives: Sequence[tuple[str, Direction]],
+        stored: StoredStudy,
+        found: Found,
+        token: str,
+        *,
+        writable: bool,
+    ):
+        self.run = run
+        self.space = space
+        self.objectives = list(objectives)
+        self.token = token
+        self._stored = stored
+        self._trials = dict(found.trials)
+        self._count = found.count()
+        self._records = Records(run, token)
+        self._where = f"the study in {run.path}"
+        self._ledger: Ledger | None = stored.ledger(space) if writable else None
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def url(run: RunDirectory, storage: str | None) -> str:
+        """The storage URL of a run: its own SQLite file unless another is asked for."""
+        return storage or f"sqlite:///{run.database}"
+
+    @classmethod
+    def require_free(cls, run: RunDirectory, config: Mapping[str, Any]) -> None:
+        """Raises UserMistake when the storage asked for cannot be used, or holds a study of this run's name already."""
+        url = config.get("storage")
+        if url is None:
+            return
+        try:
+            storage = open_storage(url)
+            names = [study.study_name for study in storage.get_all_studies()]
+        except DamagedStorage as error:
+            raise UserMistake(f"--storage: {error}; give another") from None
+        close_storage(storage, url)
+        if study_name(run) in names:
+            raise UserMistake(_taken(run))
+
+    @classmethod
+    def create(
+        cls,
+        run: RunDirectory,
+        space: SearchSpace,
+        objectives: Sequence[tuple[str, Direction]],
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+    ) -> Study:
+        """A new, empty study; ``facts`` is what ``environment.json`` holds, with the run's token under "run".
+
+        Raises UserMistake if the storage already holds a study of this run's name.
+        """
+        run.require_lock()
+        url = cls.url(run, config.get("storage"))
+        token = str((facts or {}).get("run") or uuid.uuid4().hex)
+        with stop_on_error(url):
+            stored = StoredStudy(run, url, reading=False)
+            if stored.broken or stored.identity is not None:
+                raise UserMistake(
+                    f"--storage: {stored.broken}; give another" if stored.broken else _taken(run)
+                )
+            stored.make(run, objectives, make_identity(space, objectives, config, facts, token))
+            return cls._attach(run, space, objectives, stored, Found(), token)
+
+    @classmethod
+    def open(
+        cls,
+        run: RunDirectory,
+        space: SearchSpace,
+        objectives: Sequence[tuple[str, Direction]],
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+    ) -> tuple[Study, list[str]]:
+        """The study of a run and what had to be mended on the way, one line each.
+
+        A local storage that is damaged, or whose records disagree with their seals, is built again from what is
+        whole of it and from the sealed records under ``trials/``; the old file is kept. Damaged records under
+        ``trials/`` are written anew from the storage. Raises UserMistake when the space or the objectives have
+        changed since, RunStopped when nothing can be written.
+        """
+        run.require_lock()
+        url = cls.url(run, config.get("storage"))
+        with stop_on_error(url):
+            stored = StoredStudy(run, url, reading=False)
+            token = stored.token(run, facts) or uuid.uuid4().hex
+            before = stored.identity or {"config": config, "facts": {}}
+            identity = make_identity(space, objectives, before["config"], facts or before["facts"], token)
+            stored.require_same(identity, run, space.name)
+            found = stored.assemble(run, token, objectives, space)
+            lines = _several(found.problems)
+            if found.problems:
+                kept = stored.rebuild(run, found, space, objectives, identity)
+                copy = f"; the old file is kept as {kept.name}" if kept else ""
+                lines.append(f"{stored.name} was built again with {len(found.trials)} trials{copy}")
+                stored = StoredStudy(run, url, reading=False)
+            else:
+                stored.make(run, objectives, identity)
+                append_trials(stored.ledger(space), found, found.absent, objectives, token)
+                if found.absent:
+                    lines.append(
+                        f"{stored.name} lacked {len(found.absent)} trials, restored from their records"
+                    )
+            lost = (
+                found.lost
+                if found.problems
+                else {n: why for n, why in found.lost.items() if n in found.absent}
+            )
+            lines += _several([f"trial {number} is lost: {why}" for number, why in lost.items()])
+            study = cls._attach(run, space, objectives, stored, found, token)
+            return study, [*lines, *_several(mend_files(study._records, study.trials()))]
+
+    @classmethod
+    def _attach(
+        cls,
+        run: RunDirectory,
+        space: SearchSpace,
+        objectives: Sequence[tuple[str, Direction]],
+        stored: StoredStudy,
+        found: Found,
+        token: str,
+    ) -> Study:
+        run.on_release(stored.close)
+        return cls(run, space, objectives, stored, found, token, writable=True)
+
+    @classmethod
+    def read(
+        cls,
+        run: RunDirectory,
+        space: SearchSpace,
+        objectives: Sequence[tuple[str, Direction]],
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+    ) -> Study:
+        """The study of a run for reading only; another driver may be at work.
+
+        What is damaged is taken from the other copy, or left out, with a warning in the log; nothing is written.
+        Raises DamagedStorage when no trial can be read.
+        """
+        stored = StoredStudy(run, cls.url(run, config.get("storage")), reading=True)
+        token = stored.token(run, facts) or ""
+        found = stored.assemble(run, token, objectives, space)
+        stored.close()
+        if found.problems and not found.trials:
+            raise DamagedStorage(found.problems[0])
+        left_out = [f"trial {number} is left out: {why}" for number, why in found.lost.items()]
+        for line in _several([*found.problems, *left_out]):
+            logger.warning("%s", line)
+        return cls(run, space, objectives, stored, found, token, writable=False)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def trials(self) -> list[StoredTrial]:
+        """All trials in order of their numbers; those whose record is lost are left out."""
+        return [self._trials[number] for number in sorted(self._trials)]
+
+    def started_config(self) -> dict[str, Any]:
+        """The configuration the study was started or last resumed with."""
+        return dict((self._stored.identity or {})["config"])
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Record the configuration with which the study is resumed."""
+        self._writable()
+        with stop_on_error(self._where):
+            self._stored.write_identity(
+                {**(self._stored.identity or {}), "config": dict(config)}, self.objectives
+            )
+
+    def _saved_result(self, trial: StoredTrial) -> TrialResult | None:
+        """The sealed result that the candidate's process left, if it is whole and belongs to this architecture."""
+        try:
+            return self._records.result(trial.number, trial.key)
+        except CorruptFile as error:
+            logger.warning("%s", error)
+            return None
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def suggest(self, architecture: Architecture, *, name: str | None = None, seed: int = 0) -> StoredTrial:
+        """Record that ``architecture`` is about to be evaluated; durable when this returns. Raises RunStopped."""
+        ledger = self._writable()
+        architecture = self.space.canonical(architecture)
+        key = self.space.key(architecture)
+        trial = StoredTrial(self._count, -1, architecture, key, name, seed, "running")
+        with stop_on_error(self._where):
+            attributes = {"nas": seal(trial.suggestion(self.token).to_dict())}
+            trial_id, number = ledger.create("RUNNING", architecture, attributes)
+            if number != trial.number:
+                raise RunStopped(f"{self._where}: another program has added trials to it")
+            trial = self._remember(replace(trial, trial_id=trial_id))
+            self._count += 1
+            self._records.write_suggestion(trial)
+        return trial
+
+    def record(self, trial: StoredTrial, result: TrialResult) -> StoredTrial:
+        """Record the result of a trial; durable when this returns. Raises RunStopped if it is recorded already."""
+        ledger = self._writable()
+        values = self._finite(result.values) if result.state == "complete" else None
+        sealed = seal({**result.to_dict(), "key": trial.key})
+        with stop_on_error(self._where):
+            saved = self._saved_result(trial)
+            if saved is None or not saved.same_as(result):  # one that failed could not write it itself
+                self._records.write_result(trial, result)
+            if not ledger.update(trial.trial_id, {"result": sealed}, OPTUNA_STATES[result.state], values):
+                raise RunStopped(f"trial {trial.number} was recorded by another driver")
+        return self._remember(trial.finished(result))
+
+    def park(self, trial: StoredTrial) -> StoredTrial:
+        """Put a running trial back into the queue, with its parameters; one that has just left a result is recorded."""
+        result = self._saved_result(trial)
+        if result is not None:
+            return self.record(trial, result)
+        with stop_on_error(self._where):
+            self._writable().update(trial.trial_id, {}, "WAITING")
+        return self._remember(replace(trial, state="waiting"))
+
+    def claim(self, trial: StoredTrial) -> StoredTrial:
+        """Take a waiting trial out of the queue. Raises RunStopped if another driver took it."""
+        with stop_on_error(self._where):
+            if not self._writable().update(trial.trial_id, {}, "RUNNING"):
+                raise RunStopped(f"trial {trial.number} was taken by another driver")
+        return self._remember(replace(trial, state="running"))
+
+    def recover(self) -> list[StoredTrial]:
+        """Settle what a dead driver left unfinished; returns the trials that wait to be run, oldest first.
+
+        A trial whose result was already saved is recorded, not run again; the others go back into the queue, and
+        after ``MAX_INTERRUPTIONS`` deaths of the driver into the failures.
+        """
+        settled = [self._settle(trial) for trial in self.trials() if trial.state in ("running", "waiting")]
+        return [trial for trial in settled if trial.state == "waiting"]
+
+    def _settle(self, trial: StoredTrial) -> StoredTrial:
+        result = self._saved_result(trial)
+        if result is not None:
+            return self.record(trial, result)
+        if trial.state == "waiting":
+            return trial
+        count = trial.interruptions + 1
+        if count >= MAX_INTERRUPTIONS:
+            reason = f"the driver died {count} times while this candidate ran"
+            failure = {"kind": "interrupted", "reason": reason, "log_tail": ""}
+            return self.record(trial, TrialResult(state="failed", failure=failure))
+        with stop_on_error(self._where):
+            self._writable().update(trial.trial_id, {"interruptions": count}, "WAITING")
+        return self._remember(replace(trial, state="waiting", interruptions=count))
+
+    def _remember(self, trial: StoredTrial) -> StoredTrial:
+        self._trials[trial.number] = trial
+        return trial
+
+    def _writable(self) -> Ledger:
+        self.run.require_lock()
+        if self._ledger is None:
+            raise RunStopped(f"{self._where} was opened for reading only")
+        return self._ledger
+
+    def _finite(self, values: Mapping[str, float]) -> list[float]:
+        found = ordered(values, self.objectives)
+        if not all(math.isfinite(value) for value in found):
+            raise ValueError(f"objectives must be finite numbers, got {dict(values)}")
+        return found
+
+
+def _taken(run: RunDirectory) -> str:
+    return f"--storage: a study named {study_name(run)!r} is already there; use another --out or storage"
+
+
+def _several(lines: Sequence[str]) -> list[str]:
+    """The first few lines, and how many more there are."""
+    if len(lines) <= _TOLD:
+        return list(lines)
+    return [*lines[:_TOLD], f"and {len(lines) - _TOLD} more of this kind"]

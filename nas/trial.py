@@ -1,0 +1,373 @@
+"""What happens to one candidate, in the process that runs it: build, count, measure, train, evaluate, save.
+
+Everything here is called by an executor with JSON in and JSON out, so that the same code serves a local process and
+a node of a cluster.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nas.errors import TrialFailure, UserMistake
+from nas.export import describe_signature
+from nas.files import CorruptFile, read_record, write_record
+
+if TYPE_CHECKING:
+    from nas.latency import Target
+    from nas.tasks.base import Task
+    from spaces import Architecture, SearchSpace
+
+__all__ = ["Channel", "finalist_metrics", "finalists_latency", "probe", "provide", "run_trial"]
+
+_SPACES: dict[tuple[str, str | None], SearchSpace] = {}
+_TASKS: dict[str, Task] = {}
+_PROVIDED: dict[str, Callable[..., Mapping[str, float]]] = {}
+
+
+class Channel(Protocol):
+    """The way back to the driver while a job runs."""
+
+    def event(self, message: dict[str, Any]) -> None:
+        """Tell, without waiting."""
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Tell, and wait for the answer."""
+
+
+def run_trial(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Evaluate one candidate; the result is also left, sealed, in ``payload["directory"]``.
+
+    ``payload``: number, key, architecture, seed, directory, config (``SearchConfig.dump()``), objectives (pairs of
+    name and direction).
+    Returns the dict form of ``nas.study.TrialResult``. Raises TrialFailure for what concerns this candidate alone.
+    """
+    started = time.perf_counter()
+    config = payload["config"]
+    if (saved := _saved(payload)) is not None:
+        return saved
+    if ":" in config["evaluator"]:
+        result = _call_function(payload, channel)
+    else:
+        result = _evaluate_model(payload, channel)
+    result["seconds"] = time.perf_counter() - started
+    result.setdefault("weights_sha256", None)
+    if result["state"] == "complete":
+        result["values"] = _objective_values(payload["objectives"], result)
+    result = dict(_finite(result))
+    write_record(Path(payload["directory"]) / "result.json", {**result, "key": payload["key"]})
+    return result
+
+
+def _saved(payload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of an attempt that was killed between writing it and telling the driver."""
+    try:
+        found = read_record(Path(payload["directory"]) / "result.json")
+    except (OSError, CorruptFile):
+        return None
+    return found if found.pop("key", None) == payload["key"] else None
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities outside the objectives become null: JSON has no form for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _objective_values(objectives: list[list[str]], result: Mapping[str, Any]) -> dict[str, float]:
+    known = _known_metrics(result)
+    values = {}
+    for name, _ in objectives:
+        value = known.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            numbers = sorted(key for key, found in known.items() if isinstance(found, (int, float)))
+            raise TrialFailure(
+                "error", f"objective {name!r} is not among the metrics: {', '.join(numbers) or 'none'}"
+            )
+        if not math.isfinite(value):
+            raise TrialFailure("nan", f"objective {name} is {value}")
+        values[name] = float(value)
+    return values
+
+
+def _known_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+    latency = result["latency"]
+    return {**result["metrics"], **({"latency_ms": latency["median_ms"]} if latency else {})}
+
+
+class _Curve:
+    """The learning curve of one candidate, kept for the record while each point is told to the driver."""
+
+    def __init__(self, channel: Channel):
+        self.points: list[dict[str, Any]] = []
+        self._channel = channel
+
+    def report(self, epoch: int, epochs: int, quality: float, point: dict[str, Any]) -> bool:
+        """Returns True when the driver wants the candidate to stop."""
+        self.points.append({"epoch": epoch, "quality": quality, **point})
+        message = {"stage": "report", "epoch": epoch, "epochs": epochs, "quality": quality, "point": point}
+        return bool(self._channel.ask(message)["stop"])
+
+
+# -- a user's own function ---------------------------------------------------------------------------------------------
+
+
+def _call_function(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """``evaluator: module:function``; it takes the architecture and any of report, seed, directory by name."""
+    function = _function(payload["config"]["evaluator"])
+    curve = _Curve(channel)
+    stopped = False
+    sign = 1.0 if payload["objectives"][0][1] == "maximize" else -1.0
+
+    def report(epoch: int, value: float) -> bool:
+        """Tell an intermediate value of the first objective; True means: return now, this one is not promising."""
+        nonlocal stopped
+        stopped = curve.report(epoch, epoch, sign * value, {payload["objectives"][0][0]: value})
+        return stopped
+
+    channel.event({"stage": "begun"})
+    offered = {"report": report, "seed": payload["seed"], "directory": payload["directory"]}
+    accepted = inspect.signature(function).parameters
+    metrics = dict(
+        function(payload["architecture"], **{name: offered[name] for name in offered if name in accepted})
+    )
+    result: dict[str, Any] = {"state": "complete", "metrics": metrics, "latency": None, "curve": curve.points}
+    return _stopped(result, "not promising") if stopped else {**result, "failure": None}
+
+
+def provide(name: str, function: Callable[..., Mapping[str, float]]) -> None:
+    """Make a function of the running script known as an evaluator, for jobs that run in this very process."""
+    _PROVIDED[name] = function
+
+
+def _function(name: str) -> Callable[..., Mapping[str, float]]:
+    from spaces.registry import load_object
+
+    if name in _PROVIDED:
+        return _PROVIDED[name]
+    if name.startswith("script:"):
+        raise UserMistake(f"evaluator {name!r} belongs to a script; run that script again to go on")
+    found: Callable[..., Mapping[str, float]] = load_object(name)
+    return found
+
+
+def _stopped(result: dict[str, Any], reason: str, kind: str = "pruned") -> dict[str, Any]:
+    return {**result, "state": "pruned", "failure": {"kind": kind, "reason": reason, "log_tail": ""}}
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    import torch
+
+    from nas.evaluators import EVALUATORS, Context
+    from nas.latency import DeviceGate
+    from nas.weights import save_weights
+
+    config = payload["config"]
+    directory = Path(payload["directory"])
+    task, target, device = _task(config), _target(config), torch.device(config["device"])
+    gate = DeviceGate(str(device))
+    result: dict[str, Any] = {
+        "state": "complete",
+        "metrics": {},
+        "latency": None,
+        "curve": [],
+        "failure": None,
+    }
+    torch.set_num_threads(_training_threads(config))
+    with gate.shared():
+        torch.manual_seed(payload["seed"])
+        model = _space(config).build(payload["architecture"], task.signature)
+        result["metrics"].update(_count(model, task))
+    channel.event({"stage": "counted", **result["metrics"]})
+    if (over := _over_limits(config, result["metrics"])) is not None:
+        return _stopped(result, over, "budget")
+    result["latency"] = _measure(model, task, target)
+    channel.event({"stage": "measured", "latency": result["latency"]})
+    if (over := _over_latency(config, result["latency"])) is not None:
+        return _stopped(result, over, "budget")
+    channel.event({"stage": "begun", **_known_metrics(result)})
+    curve = _Curve(channel)
+    with gate.shared():
+        context = Context(config, device, payload["seed"], directory, curve.report, gate.breathe)
+        evaluate = EVALUATORS.get(config["evaluator"])
+        evaluation = evaluate(model.to(device), payload["architecture"], task, context)
+    result["metrics"].update(evaluation.metrics)
+    result["curve"] = curve.points
+    if evaluation.stopped_early:
+        return _stopped(result, f"stopped after epoch {len(curve.points)}: worse than what is no slower")
+    result["weights_sha256"] = save_weights(model, directory / "weights.safetensors")
+    return result
+
+
+def _training_threads(config: Mapping[str, Any]) -> int:
+    """Cores shared evenly among the workers, at least one each."""
+    import os
+
+    return max(1, (os.cpu_count() or 1) // int(config["workers"]))
+
+
+def _count(model: Any, task: Task) -> dict[str, Any]:
+    import torch
+
+    from nas.profile import profile
+
+    counted = profile(model, task.example_inputs(1, torch.device("cpu")))
+    return {"params": counted.params, "macs": counted.macs, "macs_uncounted": list(counted.uncounted)}
+
+
+def _over_limits(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
+    for name in ("params", "macs"):
+        budget = config[f"{name}_budget"]
+        if budget is not None and metrics[name] > budget:
+            return f"{metrics[name]:,} {name} exceed the budget of {budget:,}"
+    return None
+
+
+def _over_latency(config: Mapping[str, Any], latency: Mapping[str, Any]) -> str | None:
+    budget = config["latency_budget"]
+    if budget is not None and latency["median_ms"] > budget:
+        return f"{latency['median_ms']:.3g} ms exceed the latency budget of {budget:g} ms"
+    return None
+
+
+def _measure(model: Any, task: Task, target: Target, seconds: float = 1.5) -> dict[str, Any]:
+    from nas.latency import DeviceGate, measure
+
+    with DeviceGate(str(target.torch_device())).exclusive():
+        inputs = task.example_inputs(target.batch, target.torch_device())
+        measured = measure(model.to(target.torch_device()), inputs, target, max_seconds=seconds).to_dict()
+    if not math.isfinite(measured["median_ms"]) or measured["median_ms"] <= 0:
+        raise TrialFailure("nan", f"latency is {measured['median_ms']}")
+    return measured
+
+
+# -- before and after the search ---------------------------------------------------------------------------------------
+
+
+def probe(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """What a space is on this task and target: facts of the task, and the size of three of its architectures.
+
+    ``payload``: config, architectures (label -> list of architectures; of several, the one with the median number
+    of parameters stands for the label). A user's mistake comes back as ``{"mistake": text}``, because it concerns
+    the whole run.
+    """
+    config = payload["config"]
+    try:
+        task = _task(config)
+        described: dict[str, Any] = {
+            "task": {"name": task.name, **task.describe()},
+            "signature": describe_signature(task.signature),
+            "objective": [task.objective.name, task.objective.direction],
+            "epochs": config["epochs"] or task.default_epochs,
+            "candidates": {},
+        }
+        for label, architectures in payload["architectures"].items():
+            described["candidates"][label] = found = _probe_candidate(config, task, architectures)
+            channel.event({"stage": "probed", "label": label, **found})
+        return described
+    except UserMistake as mistake:
+        return {"mistake": str(mistake)}
+
+
+def _probe_candidate(
+    config: Mapping[str, Any], task: Task, architectures: list[Architecture]
+) -> dict[str, Any]:
+    import torch
+
+    space = _space(config)
+    sizes = []
+    for architecture in architectures:
+        with torch.device("meta"):
+            skeleton = space.build(architecture, task.signature)
+        sizes.append(sum(parameter.numel() for parameter in skeleton.parameters()))
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    chosen = architectures[order[len(order) // 2]]
+    model = space.build(chosen, task.signature)
+    latency = _measure(model, task, _target(config), seconds=0.5)
+    return {"architecture": chosen, **_count(model.cpu(), task), "latency": latency}
+
+
+def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Test metrics of a finished candidate, from its saved weights.
+
+    ``payload``: config, architecture, directory, weights_sha256.
+    """
+    import torch
+
+    from nas.weights import load_weights
+
+    config = payload["config"]
+    task = _task(config)
+    device = torch.device(config["device"])
+    torch.set_num_threads(_training_threads(config))
+    model = _space(config).build(payload["architecture"], task.signature)
+    load_weights(model, Path(payload["directory"]) / "weights.safetensors", sha256=payload["weights_sha256"])
+    return {"metrics": task.evaluate(model.to(device), "test", device)}
+
+
+def finalists_latency(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Latency of the finalists measured together, interleaved, so that a drift of the machine touches all alike.
+
+    ``payload``: config, architectures (label -> architecture), reference (a label).
+    """
+    from nas.latency import DeviceGate, measure_interleaved
+
+    config = payload["config"]
+    task, target, space = _task(config), _target(config), _space(config)
+    device = target.torch_device()
+    models = {}
+    for label, architecture in payload["architectures"].items():
+        models[label] = (
+            space.build(architecture, task.signature).to(device),
+            task.example_inputs(target.batch, device),
+        )
+    with DeviceGate(str(device)).exclusive():
+        measured = measure_interleaved(models, target, reference=payload["reference"])
+    return {label: found.to_dict() for label, found in measured.items()}
+
+
+# -- made once in each process -----------------------------------------------------------------------------------------
+
+
+def _space(config: Mapping[str, Any]) -> SearchSpace:
+    from spaces import get_space
+
+    name = (config["space"], config["task"])
+    if name not in _SPACES:
+        _SPACES[name] = get_space(config["space"], task=config["task"])
+    return _SPACES[name]
+
+
+def _task(config: Mapping[str, Any]) -> Task:
+    from nas.tasks import make_task
+
+    name = config["task"] or _space(config).task
+    if name is None:
+        raise UserMistake(
+            f"--task: the space {config['space']!r} has no task of its own; name one, or give --evaluator"
+        )
+    options = dict(config["task_options"])
+    if config["data"] is not None:
+        options["data"] = config["data"]
+    text = json.dumps([name, options], sort_keys=True)
+    if text not in _TASKS:
+        _TASKS.clear()  # one data set in memory at a time
+        _TASKS[text] = make_task(name, **options)
+    return _TASKS[text]
+
+
+def _target(config: Mapping[str, Any]) -> Target:
+    from nas.latency import Target
+
+    return Target.parse(config["target"])
