@@ -7,15 +7,21 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
-from nas.config import SearchConfig, load_recipe, to_yaml
+from nas.config import SearchConfig, to_yaml
 from nas.errors import UserMistake
-from nas.files import atomic_write_text
+from nas.files import CorruptFile, atomic_write_text, read_record, sha256_file
+from nas.recorded import put_back, read_recorded
+from nas.resolve import objectives_of
 from nas.run_directory import RunDirectory
+from nas.storage import keep_copy
+from nas.stored import read_identity
+from nas.study import Study
+from spaces import get_space
 
 __all__ = ["Finding", "examine", "repair"]
 
@@ -141,39 +147,49 @@ def _sqlite() -> Finding:
 def repair(path: Path) -> list[str]:
     """Mend a run directory: what was done, one line each; empty when nothing was wrong.
 
-    The study is built again from the sealed records when it is damaged, and an edited or unreadable recipe is
-    replaced by the one the study was started with. Damaged files are kept under another name.
+    The study is built again from what is whole of it and of the sealed records under ``trials/``; damaged records and
+    facts are written anew; an edited or unreadable recipe is replaced by the one the study was started with. Damaged
+    files are kept under another name. Damaged weights are named; they cannot be mended.
     Raises UserMistake when the directory holds too little to mend.
     """
-    from nas.resolve import objectives_of
-    from nas.storage import keep_copy
-    from nas.study import Study
-    from spaces import get_space
-
-    run = RunDirectory(path)
     if not path.is_dir():
         raise UserMistake(f"--repair {path}: not a directory; give a run directory")
+    run = RunDirectory.existing(path)
     run.acquire()
-    done: list[str] = []
     try:
-        original = Study.started_with(run)
-        recipe: SearchConfig | None = None
-        try:
-            recipe = SearchConfig.parse(load_recipe(run.recipe), str(run.recipe))
-        except UserMistake as mistake:
-            if original is None:
-                raise UserMistake(f"{mistake}; and the study does not hold the original either") from None
-            done.append(str(mistake))
-        if original is not None and (recipe is None or recipe.dump() != SearchConfig.parse(original).dump()):
-            copy = keep_copy(run.recipe) if run.recipe.exists() else None
-            recipe = SearchConfig.parse(original)
-            atomic_write_text(run.recipe, to_yaml(recipe))
-            done.append(
-                "recipe.yaml was written anew" + (f"; the old one is kept as {copy.name}" if copy else "")
-            )
-        assert recipe is not None  # one of the two held it
-        space = get_space(recipe.space, task=recipe.task)
-        _, mended = Study.open(run, space, objectives_of(recipe, None), recipe.dump())
-        return [*done, *mended]
+        recorded = read_recorded(run)
+        original = read_identity(run, Study.url(run, recorded.config.storage))
+        config = recorded.config
+        if original is not None:
+            config = SearchConfig.parse(original["config"])
+        done = put_back(run, replace(recorded, config=config))
+        if config != recorded.config and run.recipe not in recorded.damage:
+            kept = keep_copy(run.recipe)
+            atomic_write_text(run.recipe, to_yaml(config))
+            done.append(f"{run.recipe} had been edited and was written anew, the old one is kept as {kept.name}")
+        space = get_space(config.space, task=config.task)
+        study, mended = Study.open(run, space, objectives_of(config, None), config.dump(), recorded.facts)
+        return [*done, *mended, *_finalists(run), *_weights(study)]
     finally:
         run.release()
+
+
+def _finalists(run: RunDirectory) -> list[str]:
+    try:
+        read_record(run.finalists)
+    except FileNotFoundError:
+        return []
+    except CorruptFile as error:
+        kept = keep_copy(run.finalists)
+        return [f"{error}; it is kept as {kept.name}, and 'nas resume {run.path}' measures the finalists again"]
+    return []
+
+
+def _weights(study: Study) -> list[str]:
+    lines = []
+    for trial in study.trials():
+        file = study.run.trial(trial.number) / "weights.safetensors"
+        wanted = trial.result.weights_sha256 if trial.result else None
+        if wanted is not None and file.exists() and sha256_file(file) != wanted:
+            lines.append(f"{file} is damaged and cannot be mended; only another run can train it again")
+    return lines

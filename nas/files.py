@@ -26,6 +26,7 @@ __all__ = [
     "atomic_write_json",
     "atomic_write_text",
     "canonical_json",
+    "is_running",
     "is_temporary",
     "read_json",
     "read_record",
@@ -226,14 +227,23 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(data).encode("ascii")).hexdigest()
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process of this number runs on this machine. One that has ended but was not waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return not os.path.exists("/proc/self/stat")  # a system without /proc knows no better
+
+
 def _abandoned(name: str, owner: int) -> bool:
     # In a container the next process often has the PID of the one that was killed, so our own PID proves nothing.
     if owner == os.getpid():
         return name not in _live
-    try:
-        os.kill(owner, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        return False
-    return False
+    return not is_running(owner)

@@ -7,6 +7,7 @@ of both.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from nas.run_directory import RunDirectory
 
-__all__ = ["Recorded", "put_back", "read_recorded", "write_start"]
+__all__ = ["Recorded", "edits", "put_back", "read_recorded", "write_start"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ def _from_copies(
     if run.recipe in damage and copy is None:
         raise UserMistake(f"{run.recipe}: {damage[run.recipe]}; and no other copy of it can be read")
     return Recorded(SearchConfig.parse({**(copy or {}), **given}, str(run.recipe)), facts, damage)
+
+
+def edits(config: SearchConfig, original: Mapping[str, Any]) -> dict[str, str]:
+    """Key -> ``key: old -> new`` for what ``config`` says differently from the configuration of a study."""
+    old = SearchConfig.parse(dict(original)).dump()
+    return {key: f"{key}: {old[key]} -> {value}" for key, value in config.dump().items() if value != old[key]}
 
 
 def put_back(run: RunDirectory, recorded: Recorded) -> list[str]:

@@ -6,11 +6,12 @@ the key of its architecture, so that the storage can be built again from them, a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from nas.files import CorruptFile, canonical_json, read_record, write_record
+from nas.files import CorruptFile, canonical_json, read_record, sweep_temporary, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -150,6 +151,11 @@ class Records:
         self._run.trials.mkdir(exist_ok=True)
         self._run.trial(trial.number).mkdir(exist_ok=True)
         write_record(self.suggestion_path(trial.number), trial.suggestion(self._token).to_dict())
+
+    def sweep(self, number: int) -> None:
+        """Remove the unfinished files of a process that was killed in the folder of a trial."""
+        with contextlib.suppress(OSError):  # without the folder there is nothing to remove
+            sweep_temporary(self._run.trial(number))
 
     def write_result(self, trial: StoredTrial, result: TrialResult) -> None:
         """Write ``result.json``. Raises OSError."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from nas.errors import RunStopped, UserMistake
-from nas.files import is_temporary, sweep_temporary
+from nas.files import is_running, is_temporary, sweep_temporary
 
 __all__ = ["RunDirectory"]
 
@@ -171,18 +171,8 @@ def _owner(handle: IO[str]) -> str:
         except (ValueError, KeyError, TypeError):
             host, pid, age = "", 0, 0
         # A dead process of this machine is the owner before: the one of now has not written its name yet.
-        if host and not (host == socket.gethostname() and _is_dead(pid)):
+        if host and (host != socket.gethostname() or is_running(pid)):
             return f" (host {host}, PID {pid}, started {age} s ago)"
         if time.monotonic() >= until:
             return ""
         time.sleep(0.02)
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:
-        return False
-    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -23,7 +24,7 @@ from nas.executors import LocalExecutor
 from nas.files import atomic_write_text
 from nas.loop import Observer, Search
 from nas.pruning import CurvePruner
-from nas.recorded import put_back, read_recorded, write_start
+from nas.recorded import edits, put_back, read_recorded, write_start
 from nas.resolve import CHANGEABLE, changed_keys, objectives_of, probe_architectures, resolve
 from nas.run_directory import RunDirectory
 from nas.study import Study
@@ -85,6 +86,7 @@ class Session:
         space: SearchSpace | None = None,
     ):
         self.run_directory = RunDirectory(out)
+        self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self.observer = observer
         self.stopping = threading.Event()
         self._executor = executor
@@ -120,6 +122,9 @@ class Session:
                 self._executor.close(kill=True)
             self.run_directory.discard_if_empty()
             self.run_directory.release()
+            for parent in self._new_parents:  # ours if a refused start made them, and gone only if empty
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
@@ -247,14 +252,11 @@ def _refuse_impossible_budgets(config: SearchConfig, facts: Mapping[str, Any]) -
 
 def _edited(config: SearchConfig, started: Mapping[str, Any], run: RunDirectory) -> list[str]:
     """What the recipe file says differently from the study, one line; refuses what would change the results."""
-    original = SearchConfig.parse(dict(started)).dump()
-    edits = {
-        key: f"{key}: {original[key]} -> {value}" for key, value in config.dump().items() if value != original[key]
-    }
-    changes = [text for key, text in edits.items() if key not in CHANGEABLE]
+    found = edits(config, started)
+    changes = [text for key, text in found.items() if key not in CHANGEABLE]
     if changes:
         raise UserMistake(
             f"{run.recipe}: differs from what the run was started with ({'; '.join(changes)}); "
             f"start another run with --out, or write the original back with 'nas doctor --repair {run.path}'"
         )
-    return [f"{run.recipe} was changed since the last session: {'; '.join(edits.values())}"] if edits else []
+    return [f"{run.recipe} was changed since the last session: {'; '.join(found.values())}"] if found else []

@@ -189,6 +189,8 @@ class Study:
         """
         stored = StoredStudy(run, cls.url(run, config.get("storage")), reading=True)
         token = stored.token(run, facts) or ""
+        if stored.identity is not None:  # a recipe can be edited
+            objectives = [(str(name), str(direction)) for name, direction in stored.identity["objectives"]]
         found = stored.assemble(run, token, objectives, space)
         stored.close()
         if found.problems and not found.trials:
@@ -205,8 +207,8 @@ class Study:
         return [self._trials[number] for number in sorted(self._trials)]
 
     def started_config(self) -> dict[str, Any]:
-        """The configuration the study was started or last resumed with."""
-        return dict((self._stored.identity or {})["config"])
+        """The configuration the study was started or last resumed with; empty when that cannot be read."""
+        return dict((self._stored.identity or {}).get("config") or {})
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Record the configuration with which the study is resumed."""
@@ -247,6 +249,7 @@ class Study:
         ledger = self._writable()
         values = self._finite(result.values) if result.state == "complete" else None
         sealed = seal({**result.to_dict(), "key": trial.key})
+        self._records.sweep(trial.number)
         with stop_on_error(self._where):
             saved = self._saved_result(trial)
             if saved is None or not saved.same_as(result):  # one that failed could not write it itself
@@ -260,6 +263,7 @@ class Study:
         result = self._saved_result(trial)
         if result is not None:
             return self.record(trial, result)
+        self._records.sweep(trial.number)
         with stop_on_error(self._where):
             self._writable().update(trial.trial_id, {}, "WAITING")
         return self._remember(replace(trial, state="waiting"))

@@ -104,6 +104,6 @@ def search(
         "storage": storage,
     }
     given |= {key: value for key, value in flags.items() if value is not None}
-    if "space" not in given and not (out is not None and RunDirectory(out).recipe.exists()):
+    if "space" not in given and not (out is not None and RunDirectory(out).holds_run()):
         raise UserMistake("--space is required (or a recipe that names one); 'nas spaces' lists them")
     run_session(out or default_directory(str(given["space"])), given)

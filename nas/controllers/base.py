@@ -50,7 +50,9 @@ class Controller(ABC):
 
     name: ClassVar[str] = ""
     proposals_per_ask: ClassVar[int] = 20
-    """Proposals that may turn out to be known before the last of them is mutated instead."""
+    """How many proposals may turn out to be known before the last of them is mutated instead."""
+    mutations_per_ask: ClassVar[int] = 20
+    """How many mutations in a row may turn out to be known before the space is searched for an unseen point."""
 
     def __init__(self, space: SearchSpace, directions: Sequence[Direction], seed: int = 0) -> None:
         self.space = space
@@ -72,8 +74,8 @@ class Controller(ABC):
             key = self.space.key(architecture)
             if key not in self._seen:
                 self._seen.add(key)
-                self._pending[key] = architecture
-                return dict(architecture)
+                self._pending[key] = self.space.canonical(architecture)
+                return dict(self._pending[key])
         raise SpaceExhausted(
             f"all {len(self._seen)} architectures of space {self.space.name!r} have been proposed; "
             f"ask for fewer trials or widen the space"
@@ -117,7 +119,7 @@ class Controller(ABC):
 
     @abstractmethod
     def _propose(self, rng: random.Random) -> Architecture:
-        """A canonical architecture, preferably a new one; must follow from ``rng`` and what was told."""
+        """An architecture, preferably a new one; must follow from ``rng`` and what was told."""
 
     def _learn(  # noqa: B027  (a strategy need not learn)
         self, architecture: Architecture, key: str, losses: Losses | None
@@ -125,14 +127,14 @@ class Controller(ABC):
         """Takes in one outcome (None: failed or pruned), before its key joins those told."""
 
     def _attempts(self, rng: random.Random) -> Iterator[Architecture]:
-        architecture: Architecture | None = None
-        for _ in range(self.proposals_per_ask):
+        architecture = self._propose(rng)
+        yield architecture
+        for _ in range(self.proposals_per_ask - 1):
             architecture = self._propose(rng)
             yield architecture
-        for _ in range(self.proposals_per_ask):
-            if architecture is not None:
-                architecture = self.space.mutate(architecture, rng)
-                yield architecture
+        for _ in range(self.mutations_per_ask):
+            architecture = self.space.mutate(architecture, rng)
+            yield architecture
         unseen = self.space.sample_unseen(self._seen, rng)
         if unseen is not None:
             yield unseen

@@ -147,11 +147,11 @@ class _Told:
 
 
 class _Codec:
-    """Values of one parameter as the numbers that Optuna models; True, 1 and 1.0 are one category to Optuna."""
+    """Values of one parameter as the numbers that Optuna models; to Optuna, True, 1 and 1.0 would be one category."""
 
     def __init__(self, parameter: Parameter) -> None:
         self._parameter = parameter
-        self._codes: dict[tuple[type, Scalar], int] = {}
+        self._codes: dict[tuple[type, Scalar], float] = {}
         if isinstance(parameter, Choice):
             self._codes = {(type(value), value): index for index, value in enumerate(parameter.values)}
 
@@ -163,19 +163,19 @@ class _Codec:
             return optuna_study.interval(parameter.low, parameter.high, parameter.log)
         if isinstance(parameter, Int):
             return optuna_study.steps(parameter.size)
-        import os
-        if os.environ.get('ORD') and all(type(v) in (int,float) for v in parameter.values): return optuna_study.steps(len(self._codes))
         return optuna_study.categories(len(self._codes))
 
     def encode(self, value: Any) -> float:
+        """The code of a canonical value."""
         parameter = self._parameter
         if isinstance(parameter, Float):
             return float(value)
         if isinstance(parameter, Int):
-            return int(value - parameter.low) // parameter.step
+            return float((value - parameter.low) // parameter.step)
         return self._codes[type(value), value]
 
     def decode(self, code: float) -> Scalar:
+        """The value of a code."""
         parameter = self._parameter
         if isinstance(parameter, Float):
             # Optuna goes through logarithms and back, which can leave the range by a rounding error.

@@ -8,7 +8,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +182,7 @@ class Slot(threading.Thread):
             raise
         except Exception as error:  # a mistake of ours must not leave a future that nobody ever completes
             logger.exception("%s: the executor failed", job.name)
-            self._discard(0.0)
+            self._discard()
             self._pool.release()
             job.fail(error)
         else:
@@ -227,7 +227,7 @@ class Slot(threading.Thread):
             self._worker.stop(failed.grace, self._hurry)
         failed.log_tail = log.tail()
         if failed.grace is not None:
-            self._discard(0.0)
+            self._discard()
 
     def _explain(self, how: str, worker: WorkerProcess, kills_before: int) -> _Failed:
         if self._pool.closing:
@@ -268,11 +268,11 @@ class Slot(threading.Thread):
             raise _Failed(message["body"]["kind"], message["body"]["reason"], grace=grace)
         if message["retire"]:
             logger.info("%s: its worker is replaced: %s", job.name, message["retire"])
-            self._discard(0.0)
+            self._discard()
         value: dict[str, Any] = message["body"]
         return value
 
-    def _receive(self, worker: WorkerProcess, look: Any) -> dict[str, Any]:
+    def _receive(self, worker: WorkerProcess, look: Callable[[], None]) -> dict[str, Any]:
         while True:
             message = worker.receive(TICK)
             if message is not None:
@@ -318,7 +318,7 @@ class Slot(threading.Thread):
 
     def _living_worker(self) -> WorkerProcess:
         if self._worker is not None and self._worker.exit_status() is not None:
-            self._discard(0.0)  # it was killed while it had nothing to do
+            self._discard()  # it was killed while it had nothing to do
         return self._worker or self._start()
 
     def _start(self) -> WorkerProcess:
@@ -354,9 +354,9 @@ class Slot(threading.Thread):
     def _hurry(self) -> bool:
         return self._pool.killing
 
-    def _discard(self, grace: float) -> None:
+    def _discard(self) -> None:
         if self._worker is not None:
-            self._worker.stop(grace, self._hurry)
+            self._worker.kill()
             self._worker.close()
             self._worker = None
 
@@ -365,4 +365,4 @@ class Slot(threading.Thread):
             return
         if not self._pool.killing:
             self._worker.leave(self._limits.grace, self._hurry)
-        self._discard(0.0)
+        self._discard()

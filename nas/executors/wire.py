@@ -81,11 +81,6 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    @property
-    def torn(self) -> bool:
-        """Whether the stream so far ends inside a message."""
-        return bool(self._buffer)
-
     def feed(self, data: bytes) -> None:
         """Add what was read from the pipe."""
         self._buffer += data

@@ -6,6 +6,7 @@ descriptors 1 and 2, which never carry messages; Ctrl-C and closed terminals are
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import io
@@ -19,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from nas.executors.wire import Decoder, encode, first_misfit
 
-__all__ = ["KINDS", "Report", "Target", "describe", "load_function", "main", "perform"]
+__all__ = ["KINDS", "Report", "Target", "main", "perform"]
 
 KINDS = frozenset({"error", "nan", "memory", "timeout", "killed", "budget", "interrupted"})
 """The kinds of nas.errors.FailureKind, repeated because importing them would import the search spaces too."""
@@ -60,7 +61,7 @@ def main(commands: int, results: int, lifeline: int) -> None:
             import_module(hello["body"]["setup"])
     except BaseException as error:
         _print_traceback(error)
-        link.write("unready", describe(error))
+        link.write("unready", _describe(error))
         return
     link.write("ready")
     _serve(link, hello["body"]["address_space"])
@@ -68,8 +69,7 @@ def main(commands: int, results: int, lifeline: int) -> None:
 
 def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What the driver ignores or blocks would be inherited: a worker must die of SIGTERM and see its children
-    # end.
+    # What the driver ignores or blocks would be inherited: a worker must die of SIGTERM and see its children end.
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -122,13 +122,12 @@ def _adopt_orphans() -> None:
 
 
 class _Link:
-    """Both pipes to the driver. Writing is safe from several threads."""
+    """Both pipes to the driver, for one reader and one writer at a time."""
 
     def __init__(self, commands: int, results: int):
         self._commands = commands
         self._results = results
         self._decoder = Decoder()
-        self._write_lock = threading.Lock()
 
     def read(self) -> dict[str, Any] | None:
         """The next message; None when the driver closed the pipe."""
@@ -142,17 +141,17 @@ class _Link:
     def write(self, kind: str, body: Any = None, *, name: str = "message", retire: str = "") -> None:
         """Send one message. Raises TypeError, and sends nothing, when ``body`` is not JSON or too big."""
         frame = memoryview(encode(kind, body, name=name, retire=retire))
-        with self._write_lock:
-            while frame:
-                frame = frame[os.write(self._results, frame) :]
+        while frame:
+            frame = frame[os.write(self._results, frame) :]
 
 
 class _JobChannel:
-    """The channel of one job; a thread that the job left behind cannot speak for the next one."""
+    """The channel of one job; a thread that the job left behind cannot speak, or hear, for the next one."""
 
     def __init__(self, link: _Link):
         self._link = link
         self._ask_lock = threading.Lock()
+        self._send_lock = threading.Lock()
         self._open = True
 
     def event(self, message: dict[str, Any]) -> None:
@@ -168,14 +167,17 @@ class _JobChannel:
         return body
 
     def close(self) -> None:
-        self._open = False
+        """Refuse further messages, after an answer that is under way has arrived."""
+        with self._ask_lock, self._send_lock:
+            self._open = False
 
     def _send(self, kind: str, message: dict[str, Any]) -> None:
-        if not self._open:
-            raise RuntimeError("this job has ended, its channel is closed")
         if not isinstance(message, dict):
             raise TypeError(f"a message must be a dict, got {type(message).__name__}")
-        self._link.write(kind, message)
+        with self._send_lock:
+            if not self._open:
+                raise RuntimeError("this job has ended, its channel is closed")
+            self._link.write(kind, message)
 
 
 def _serve(link: _Link, address_space: int | None) -> None:
@@ -191,7 +193,8 @@ def _serve(link: _Link, address_space: int | None) -> None:
         channel.close()
         retire = report.retire or _leftovers()
         _reset_signals()
-        os.chdir(home)
+        with contextlib.suppress(OSError):  # the folder was deleted under a running driver
+            os.chdir(home)
         _log_to(None, own_log)
         try:
             link.write(report.kind, report.body, name="result", retire=retire)
@@ -226,7 +229,7 @@ def perform(
     """
     lift_limit = _limit_address_space(address_space)
     try:
-        call = load_function(function) if isinstance(function, str) else function
+        call = _load_function(function) if isinstance(function, str) else function
         value = call(payload, channel)
         if not isinstance(value, dict):
             raise TypeError(f"{function} must return a dict, got {type(value).__name__}")
@@ -236,14 +239,14 @@ def perform(
         lift_limit()  # the error still holds what the job allocated, and telling about it takes memory too
         if keep_interrupt and isinstance(error, KeyboardInterrupt):
             raise
-        failure = describe(error)
+        failure = _describe(error)
         show(error)
         return Report("failed", failure, _reason_to_retire(error, failure))
     lift_limit()
     return Report("done", value, "")
 
 
-def load_function(name: str) -> Target:
+def _load_function(name: str) -> Target:
     """The callable that ``name`` ("package.module:callable" or "path.py:callable") stands for."""
     from spaces.loading import load_object
 
@@ -254,7 +257,7 @@ def load_function(name: str) -> Target:
     return target
 
 
-def describe(error: BaseException) -> dict[str, str]:
+def _describe(error: BaseException) -> dict[str, str]:
     """Kind and reason of an exception: its own where it has them, and memory errors are told from the rest."""
     kind = getattr(error, "kind", None)
     reason = getattr(error, "reason", None)

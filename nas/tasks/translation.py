@@ -95,15 +95,15 @@ class Translation(Task):
             if value is not None and value < least:
                 raise UserMistake(f"{option}={value} must be at least {least}")
         generated = data is None or data == GRAMMAR
-        self._text = _source(data, seed, source_language, target_language, test_split)
-        self._corpus = encode_corpus(
-            self._text,
+        self.text = _source(data, seed, source_language, target_language, test_split)
+        self.corpus = encode_corpus(
+            self.text,
             tokenizer or ("whitespace" if generated else "byte"),
             vocabulary_size or (_GRAMMAR_VOCABULARY if generated else 8000),
             None if generated else default_cache_dir(cache_dir),
-            self._text.facts["source"],
+            self.text.facts["source"],
         )
-        size = self._corpus.tokenizer.get_vocab_size()
+        size = self.corpus.tokenizer.get_vocab_size()
         self.signature = TranslationSignature(size, size, max_length, True, _PADDING, _BEGIN, _END)
         self._seed, self._limit, self._bleu_sentences = seed, limit, bleu_sentences
         self._tokenizer_kind = tokenizer or ("whitespace" if generated else "byte")
@@ -114,7 +114,7 @@ class Translation(Task):
 
     def _training_rows(self) -> tuple[Ids, int]:
         """Numbers of the training pairs that are used, and how many were too long."""
-        sources, targets = self._corpus.ids["train"]
+        sources, targets = self.corpus.ids["train"]
         longest = np.array([max(len(s), len(t)) for s, t in zip(sources, targets, strict=True)])
         rows = np.flatnonzero(longest < self.signature.max_length).astype(np.int32)
         dropped = len(longest) - len(rows)
@@ -131,7 +131,7 @@ class Translation(Task):
         count = self.batches_per_epoch(batch_size, train_fraction)
         kept = np.random.default_rng([abs(seed), 0]).permutation(self._train)[: self._kept(train_fraction)]
         rng = np.random.default_rng([abs(seed), 1, epoch])
-        sources, targets = self._corpus.ids["train"]
+        sources, targets = self.corpus.ids["train"]
         rows = rng.permutation(kept)
         lengths = [len(sources[row]) + len(targets[row]) for row in rows]
         # A stable sort keeps the shuffle among pairs of one length, so the batches differ from epoch to epoch.
@@ -182,7 +182,7 @@ class Translation(Task):
 
     def translate(self, model: nn.Module, sentences: Sequence[str], device: torch.device) -> list[str]:
         """Translations by beam search of sentences in the source language; ``model`` is in eval mode."""
-        encodings = self._corpus.tokenizer.encode_batch_fast(list(sentences))
+        encodings = self.corpus.tokenizer.encode_batch_fast(list(sentences))
         rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
         found: list[str] = [""] * len(rows)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
@@ -199,7 +199,7 @@ class Translation(Task):
                 beam=_BEAM,
                 length_penalty=_LENGTH_PENALTY,
             )
-            for row, text in zip(chosen, self._corpus.tokenizer.decode_batch(outputs), strict=True):
+            for row, text in zip(chosen, self.corpus.tokenizer.decode_batch(outputs), strict=True):
                 found[row] = text.strip()
         return found
 
@@ -207,7 +207,7 @@ class Translation(Task):
         """Source (B, 30) and target fed in (B, 30) of real tokens without padding; shorter if max_length is."""
         length = min(_EXAMPLE_LENGTH, self.signature.max_length)
         sides = []
-        for side in self._corpus.ids["validation"]:
+        for side in self.corpus.ids["validation"]:
             tokens = np.concatenate(side)
             sides.append(np.resize(tokens, (batch_size, length)).astype(np.int64))
         source, target = (torch.from_numpy(side).to(device) for side in sides)
@@ -217,7 +217,7 @@ class Translation(Task):
 
     def describe(self) -> dict[str, Any]:
         """JSON facts: source of the text, sizes of the splits, vocabulary, what was cut, how BLEU is made."""
-        text, signature = self._text, self.signature
+        text, signature = self.text, self.signature
         scored = min(self._bleu_sentences, len(text.validation))
         return {
             "task": self.name,
@@ -246,13 +246,13 @@ class Translation(Task):
 
     def _too_long(self, split: str) -> int:
         most = self.signature.max_length - 1
-        return sum(len(s) > most or len(t) > most for s, t in zip(*self._corpus.ids[split], strict=True))
+        return sum(len(s) > most or len(t) > most for s, t in zip(*self.corpus.ids[split], strict=True))
 
     def _source_row(self, ids: Ids) -> list[int]:
         return [*ids[: self.signature.max_length - 1].tolist(), _END]
 
     def _batch(self, split: _Part, rows: Sequence[int] | Ids, device: torch.device) -> Batch:
-        sources, targets = self._corpus.ids[split]
+        sources, targets = self.corpus.ids[split]
         cut = [targets[row][: self.signature.max_length - 1].tolist() for row in rows]
         return (
             _padded([self._source_row(sources[row]) for row in rows], device),
@@ -261,7 +261,7 @@ class Translation(Task):
         )
 
     def _token_loss(self, model: nn.Module, split: Split, device: torch.device) -> float:
-        sources, targets = self._corpus.ids[split]
+        sources, targets = self.corpus.ids[split]
         order = sorted(range(len(sources)), key=lambda row: len(sources[row]) + len(targets[row]))
         losses, tokens = [], 0
         for start in range(0, len(order), _EVALUATION_BATCH):
@@ -278,7 +278,7 @@ class Translation(Task):
     def _bleu(self, model: nn.Module, split: Split, device: torch.device) -> float:
         from sacrebleu import corpus_bleu
 
-        pairs = self._text.validation if split == "validation" else self._text.test
+        pairs = self.text.validation if split == "validation" else self.text.test
         if split == "validation" and self._bleu_sentences < len(pairs):
             places = np.linspace(0, len(pairs) - 1, self._bleu_sentences).round().astype(int)
             pairs = [pairs[place] for place in places]

@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ VALUES = ("a", "b", "c", "d")
 def objectives(architecture: Mapping[str, Any]) -> tuple[float, float]:
     """Two objectives in conflict: "d" is best for the first, "a" for the second, and neighbours interact."""
     codes = [VALUES.index(value) for value in architecture.values()]
-    gain = sum(code + 0.5 * (code == after) for code, after in zip(codes, codes[1:], strict=False))
+    gain = sum(code + 0.5 * (code == after) for code, after in pairwise(codes))
     return gain, float(sum(code * code for code in codes))
 
 

@@ -30,7 +30,7 @@ from nas.controllers import list_controllers, make_controller
 from nas.environment import describe_environment
 from nas.files import atomic_write_json
 from nas.pareto import Direction, hypervolume_2d
-from spaces import Architecture, Choice, Float, Int, SearchSpace
+from spaces import Architecture, Choice, Float, Int, Parameter, SearchSpace
 
 __all__ = ["PEERS", "PROBLEMS", "Problem", "main"]
 
@@ -49,16 +49,9 @@ class Problem:
 
 def layers(seed: int) -> Problem:
     """Up to six layers, each of one of three operations with its own parameters; some 1e13 architectures."""
-    parameters: dict[str, Any] = {"depth": Int(1, LAYERS), "width": Choice([64, 128, 192, 256])}
+    parameters: dict[str, Parameter] = {"depth": Int(1, LAYERS), "width": Choice([64, 128, 192, 256])}
     for i in range(LAYERS):
-        parameters |= {
-            f"layer{i}.op": Choice(["softmax", "linear", "conv"], when=lambda a, i=i: a["depth"] > i),
-            f"layer{i}.heads": Choice(
-                [2, 4, 8], when=lambda a, i=i: a.get(f"layer{i}.op") in ("softmax", "linear")
-            ),
-            f"layer{i}.kernel": Choice([3, 5, 7, 9], when=lambda a, i=i: a.get(f"layer{i}.op") == "conv"),
-            f"layer{i}.ratio": Choice([1, 2, 3, 4], when=lambda a, i=i: a["depth"] > i),
-        }
+        parameters |= _layer(i)
     rng = random.Random(f"layers:{seed}")
     tables: dict[tuple[Any, ...], float] = {}
 
@@ -83,6 +76,26 @@ def layers(seed: int) -> Problem:
         return 1 - math.exp(-gain * (0.6 + 0.15 * width)), cost
 
     return Problem(SearchSpace("layers", parameters), evaluate)
+
+
+def _layer(i: int) -> dict[str, Parameter]:
+    op = f"layer{i}.op"
+
+    def exists(a: Mapping[str, Any]) -> bool:
+        return bool(a["depth"] > i)
+
+    def attends(a: Mapping[str, Any]) -> bool:
+        return a.get(op) in ("softmax", "linear")
+
+    def convolves(a: Mapping[str, Any]) -> bool:
+        return a.get(op) == "conv"
+
+    return {
+        op: Choice(["softmax", "linear", "conv"], when=exists),
+        f"layer{i}.heads": Choice([2, 4, 8], when=attends),
+        f"layer{i}.kernel": Choice([3, 5, 7, 9], when=convolves),
+        f"layer{i}.ratio": Choice([1, 2, 3, 4], when=exists),
+    }
 
 
 def mixed(seed: int) -> Problem:

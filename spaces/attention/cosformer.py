@@ -175,9 +175,15 @@ def cosformer_reference(
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """The quadratic formula written out, with the arguments of ``cosformer``; for tests and for reading."""
-    spans = _spans(q.shape[-2], k.shape[-2], max_length, own_lengths)
-    angle = _angles(q.shape[-2], spans[0], q) - _angles(k.shape[-2], spans[1], k).transpose(0, 1)  # (N, M)
-    weights = (F.relu(q) @ F.relu(k).transpose(-2, -1)) * angle.cos()  # (B, H, N, M)
+    queries, keys = q.shape[-2], k.shape[-2]
+    shared = max_length or max(queries, keys)
+    own = own_lengths and max_length is None
+    place = torch.arange(1, max(queries, keys) + 1, device=q.device, dtype=q.dtype)
+    query_place = place[:queries, None] / (queries if own else shared)
+    key_place = place[None, :keys] / (keys if own else shared)
+    weights = (F.relu(q) @ F.relu(k).transpose(-2, -1)) * (
+        math.pi / 2 * (query_place - key_place)
+    ).cos()  # (B, H, N, M)
     if causal:
         weights = weights.tril()
     if key_padding_mask is not None:

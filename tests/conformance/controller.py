@@ -1,4 +1,6 @@
-"""What every controller must do. Inherit, give a ``make`` fixture, and the suite runs:
+"""What every controller must do.
+
+Inherit, give a ``make`` fixture, and the suite runs:
 
     class TestMyController(ControllerConformance):
         @pytest.fixture()
@@ -19,7 +21,7 @@ import pytest
 from nas.controllers import Controller
 from nas.errors import ArchitectureError, SpaceExhausted, UserMistake
 from nas.pareto import Direction
-from spaces import Architecture, Choice, Constraint, Float, Int, SearchSpace
+from spaces import Architecture, Choice, Constraint, Float, Int, Parameter, SearchSpace
 
 __all__ = ["DIRECTIONS", "SPACES", "ControllerConformance", "MakeController", "outcome", "play"]
 
@@ -35,19 +37,34 @@ def flat() -> SearchSpace:
 
 def conditional() -> SearchSpace:
     """Layers that exist or not, branches, numbers on both scales, values that Python holds equal, a constant."""
-    parameters: dict[str, Any] = {
+    parameters: dict[str, Parameter] = {
         "depth": Int(1, 4),
         "rate": Float(1e-4, 1e-1, log=True),
         "norm": Choice([True, 1, 1.0, None, "batch"]),
         "stem": Choice(["patch"]),
     }
     for i in range(4):
-        parameters |= {
-            f"layer{i}.op": Choice(["softmax", "linear", "conv"], when=lambda a, i=i: a["depth"] > i),
-            f"layer{i}.heads": Choice([2, 4, 8], when=lambda a, i=i: a.get(f"layer{i}.op") in ("softmax", "linear")),
-            f"layer{i}.kernel": Int(3, 9, step=2, when=lambda a, i=i: a.get(f"layer{i}.op") == "conv"),
-        }
+        parameters |= _layer(i)
     return SearchSpace("conditional", parameters)
+
+
+def _layer(i: int) -> dict[str, Parameter]:
+    op = f"layer{i}.op"
+
+    def exists(a: Mapping[str, Any]) -> bool:
+        return bool(a["depth"] > i)
+
+    def attends(a: Mapping[str, Any]) -> bool:
+        return a.get(op) in ("softmax", "linear")
+
+    def convolves(a: Mapping[str, Any]) -> bool:
+        return a.get(op) == "conv"
+
+    return {
+        op: Choice(["softmax", "linear", "conv"], when=exists),
+        f"layer{i}.heads": Choice([2, 4, 8], when=attends),
+        f"layer{i}.kernel": Int(3, 9, step=2, when=convolves),
+    }
 
 
 def constrained() -> SearchSpace:
@@ -182,7 +199,7 @@ class ControllerConformance:
             failed = [0.5] * (len(directions) - 1) + [worthless] if worthless is not None else None
             values = outcome(space, asked[0], len(directions))
             controllers[0].tell(asked[0], values if step % 2 else None)
-            controllers[1].tell(asked[1], values if step % 2 else failed)  # type: ignore[arg-type]
+            controllers[1].tell(asked[1], values if step % 2 else failed)
 
     def test_nothing_but_failures(
         self, make: MakeController, space: SearchSpace, directions: list[Direction]
@@ -200,10 +217,16 @@ class ControllerConformance:
         for _ in range(6):
             asked.append(controller.ask())
             if tell in ("each", "failed"):
-                controller.tell(asked[-1], outcome(space, asked[-1], len(directions)) if tell == "each" else None)
-        assert {space.key(architecture) for architecture in asked} == {space.key(a) for a in space.enumerate()}
+                controller.tell(
+                    asked[-1], outcome(space, asked[-1], len(directions)) if tell == "each" else None
+                )
+        assert {space.key(architecture) for architecture in asked} == {
+            space.key(a) for a in space.enumerate()
+        }
         for _ in range(2):
-            with pytest.raises(SpaceExhausted, match=r"all 6 architectures of space 'tiny' have been proposed"):
+            with pytest.raises(
+                SpaceExhausted, match=r"all 6 architectures of space 'tiny' have been proposed"
+            ):
                 controller.ask()
             if tell == "late":
                 for architecture in asked:
@@ -222,7 +245,9 @@ class ControllerConformance:
         missing = published.pop(3)
         controller = make(space, directions, 0)
         for number, architecture in enumerate(published):
-            controller.tell(architecture, None if number == 1 else outcome(space, architecture, len(directions)))
+            controller.tell(
+                architecture, None if number == 1 else outcome(space, architecture, len(directions))
+            )
         assert controller.ask() == missing
 
     def test_reserved_is_not_proposed(self, make: MakeController, directions: list[Direction]) -> None:
@@ -277,12 +302,18 @@ class ControllerConformance:
 
     def test_refuses_another_number_of_objectives(self, make: MakeController) -> None:
         controller = make(tiny(), ["maximize"], 0)
-        with pytest.raises(UserMistake, match=r"objectives=\[1.0, 2.0\] has 2 number\(s\), .* 1 direction\(s\)"):
+        with pytest.raises(
+            UserMistake, match=r"objectives=\[1.0, 2.0\] has 2 number\(s\), .* 1 direction\(s\)"
+        ):
             controller.tell({"depth": 1, "op": "conv"}, [1.0, 2.0])
 
     @pytest.mark.parametrize(
         ("directions", "message"),
-        [([], "must be a non-empty sequence"), (["up"], "directions holds 'up'"), ("maximize", "non-empty sequence")],
+        [
+            ([], "must be a non-empty sequence"),
+            (["up"], "directions holds 'up'"),
+            ("maximize", "non-empty sequence"),
+        ],
     )
     def test_refuses_other_directions(self, make: MakeController, directions: Any, message: str) -> None:
         with pytest.raises(UserMistake, match=message):

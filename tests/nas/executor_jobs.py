@@ -110,6 +110,20 @@ def leave_a_talking_thread(payload: Json, channel: Channel) -> Json:
     return {"said": said}
 
 
+def leave_an_asking_thread(payload: Json, channel: Channel) -> Json:
+    asked = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            while True:
+                channel.ask({"late": True})
+                asked.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    asked.wait()
+    return {"pid": os.getpid()}
+
+
 def send_bytes(payload: Json, channel: Channel) -> Json:
     channel.event({"weights": b"\0"})
     return {}

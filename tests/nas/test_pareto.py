@@ -146,7 +146,7 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     for function in (pareto_mask, non_dominated_sort, crowding_distance, to_losses):
         with pytest.raises(UserMistake, match=message):
-            function(values, directions)  # type: ignore[operator]
+            function(values, directions)
 
 
 def test_hypervolume_needs_two_objectives() -> None:
