@@ -68,6 +68,9 @@ class RunDirectory:
             names = os.listdir(self.path)
         except FileNotFoundError:
             return True
+        except OSError as error:
+            text = f"--out {self.path}: cannot be written ({error.strerror}); choose another directory"
+            raise UserMistake(text) from None
         return all(name in _BEFORE_RECIPE or is_temporary(name) for name in names)
 
     def acquire(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -181,11 +180,16 @@ class Session:
                 config.workers or 1,
                 memory_limit_bytes=config.memory_limit,
                 retries=config.retries,
-                log_directory=Path(tempfile.gettempdir()),
+                log_directory=None,
                 environment=environment,
                 setup="nas.evaluators.train" if model else "nas.trial",
             )
             executor.warm()
+            if executor.capacity < (config.workers or 1):
+                self.observer.note(
+                    f"{executor.capacity} of {config.workers} workers: there are too few file handles for more; "
+                    "raise the limit with `ulimit -n 1024`"
+                )
             self._executor = executor
         return self._executor
 
@@ -197,9 +201,8 @@ class Session:
                 raise Stopped
         outcome = future.result()
         if outcome.failure is not None:
-            raise RunStopped(
-                f"the search space could not be sized: {outcome.failure.reason}\n{outcome.failure.log_tail}"
-            )
+            logger.debug("%s", outcome.failure.log_tail)
+            raise RunStopped(f"the search space could not be sized: {outcome.failure.reason}")
         found = outcome.value or {}
         if "mistake" in found:
             raise UserMistake(found["mistake"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,8 +88,10 @@ class StoredStudy:
         self.broken: str | None = None
         self._directions: list[str] = []
         self._metric_names: Any = None
+        self._file: os.stat_result | None = None
         try:
             self.storage = open_storage(url, reading=reading)
+            self.require_in_place()
             self._find(run)
         except MissingStudy:
             return
@@ -121,6 +125,17 @@ class StoredStudy:
         self.close()
         self.broken = why
         self.identity = next(iter(salvage(self.url).studies), None)
+
+    def require_in_place(self) -> None:
+        """Raises OSError when the file of the storage is no longer the one that was opened: SQLite would go on
+        writing to a file that has been deleted."""
+        path = local_file(self.url)
+        if path is None or self.storage is None:
+            return
+        now = path.stat()
+        self._file = self._file or now
+        if not os.path.samestat(now, self._file):
+            raise OSError(errno.ESTALE, "it was replaced by another file", str(path))
 
     def close(self) -> None:
         """Let go of the storage."""

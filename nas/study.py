@@ -307,6 +307,8 @@ class Study:
         self.run.require_lock()
         if self._ledger is None:
             raise RunStopped(f"{self._where} was opened for reading only")
+        with stop_on_error(self._where):
+            self._stored.require_in_place()
         return self._ledger
 
     def _finite(self, values: Mapping[str, float]) -> list[float]:

@@ -77,12 +77,13 @@ def print_report(console: Console, report: RunReport, out: Path) -> None:
             console.print(finalists_table(report))
     if failed:
         console.print(failures_table(report))
-    console.print(
-        report.verdict(), style="bold" if report.front() else "bold red", markup=False, soft_wrap=True
-    )
     counts = {state: len(report.in_state(state)) for state in ("complete", "pruned", "failed", "waiting")}
     text = ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "complete")
-    console.print(f"{text}; everything is in {out} (open report.html)", markup=False, soft_wrap=True)
+    lines = [(report.verdict(), "bold"), (f"{text}; everything is in {out} (open report.html)", "")]
+    if not report.front():  # why nothing succeeded is what a person must not overlook
+        lines = [lines[1], (lines[0][0], "bold red")]
+    for line, style in lines:
+        console.print(line, style=style, markup=False, soft_wrap=True)
 
 
 class _LateFileHandler(logging.Handler):

@@ -123,7 +123,7 @@ class ImageClassification(Task):
         self.augment = self._chosen(augment)
         self._noise = _NOISE if digits and augment != "none" else 0.0
         self._mean, self._deviation = _statistics(self._splits["train"])
-        self.default_epochs = 30 if digits else 10
+        self.default_epochs = 12 if digits else 10
         self.default_batch_size = 32 if digits else 128
         self.default_learning_rate = 3e-3 if digits else 1e-3
 
@@ -327,18 +327,22 @@ def _check_counts(data: ImageData, labels: NDArray[np.int64], least: int, missin
 def stratified(
     labels: NDArray[np.int64], count: float, rng: np.random.Generator, *, leave: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted positions of about ``count`` random samples, each class by its share (at least 1), and of the others.
+    """Sorted positions of ``count`` random samples, each class by its share (at least 1), and of the others.
 
-    ``leave`` is the number of samples of each class that stay with the others in any case. How many are taken does
-    not depend on ``rng``.
+    ``leave`` is the number of samples of each class that stay with the others in any case. ``count`` is rounded, and
+    missed only where these two bounds leave no choice. How many are taken does not depend on ``rng``.
     """
     sizes = np.bincount(labels)
     quotas = count * sizes / len(labels)
-    takes = np.floor(quotas + 1e-9).astype(np.int64)
-    lacking = round(count) - int(takes.sum())
-    if lacking > 0:
-        takes[np.argsort(takes - quotas, kind="stable")[:lacking]] += 1
-    takes = np.clip(takes, np.minimum(1, sizes), np.maximum(sizes - leave, 0))
+    most = np.maximum(sizes - leave, 0)
+    least = np.minimum(1, most)
+    takes = np.clip(np.floor(quotas + 1e-9).astype(np.int64), least, most)
+    while gap := round(count) - int(takes.sum()):
+        step = 1 if gap > 0 else -1
+        open_ = takes < most if gap > 0 else takes > least
+        if not open_.any():
+            break
+        takes[np.where(open_, step * (quotas - takes), -np.inf).argmax()] += step
     chosen = np.zeros(len(labels), bool)
     for label, take in enumerate(takes):
         chosen[rng.permutation(np.flatnonzero(labels == label))[:take]] = True

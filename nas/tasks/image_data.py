@@ -49,13 +49,11 @@ _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".t
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _ARCHIVE_SUFFIXES = (".tar", ".tar.xz", ".tar.gz", ".tgz")
 _Columns = tuple[str | None, str | None]  # of images and of labels, as the user named them; None: by type
-_MAX_IMAGE_BYTES = 64 << 20
-_MAX_IMAGE_PIXELS = 64_000_000
+_MAX_IMAGE_BYTES, _MAX_IMAGE_PIXELS = 64 << 20, 64_000_000
 _MAX_UNPACKED_RATIO = 200  # photographs hardly compress; an archive that swells more is a bomb
 _MIN_UNPACKED_BYTES = 1 << 30
 _RULES = 1  # raised whenever the same files would be decoded to other arrays
-_OWN_SIZE_LIMIT = 64  # pixels; larger images are resized unless the user says otherwise
-_DEFAULT_SIZE = 224
+_OWN_SIZE_LIMIT, _DEFAULT_SIZE = 64, 224  # pixels; larger or unequal images get the default size
 _ACCEPTED = (
     "'digits', a torchvision name with data_root, a folder of class folders, a .parquet file, "
     "a .tar[.xz|.gz] archive, or a folder of IDX, parquet or archive files"
@@ -122,7 +120,6 @@ _TORCHVISION: dict[str, _Named] = {
     "Food101": _Named("food-101/*", _BY_NAME),
     "Flowers102": _Named("flowers-102/*", _BY_NAME_3),
     "DTD": _Named("dtd/*/*", _BY_NAME_3),
-    "FGVCAircraft": _Named("fgvc-aircraft-2013b/*", _BY_NAME_3),
     "EuroSAT": _Named("eurosat/*/*", {"train": {}}),
 }
 
@@ -165,23 +162,17 @@ def load_images(
         source = _parquet_source(path, [path], columns)
     elif path.name.endswith(_ARCHIVE_SUFFIXES) and path.is_file():
         source = _archive_source(path, {path: None})
-    elif path.exists():
-        raise UserMistake(f"data={data!r} is a file of an unknown kind; give {_ACCEPTED}")
     else:
         hint = nearest(data, ["digits", *_TORCHVISION])
-        raise UserMistake(f"data={data!r} does not exist{hint}; give {_ACCEPTED}")
+        what = "is a file of an unknown kind" if path.exists() else f"does not exist{hint}"
+        raise UserMistake(f"data={data!r} {what}; give {_ACCEPTED}")
     key = {"source": source.stamp, "image_size": image_size, "columns": columns, "rules": _RULES}
     entry = cached(cache_dir, source.name, key, lambda folder: _decode_all(source, image_size, folder))
-    facts = entry.facts
-    parts = cast("list[Part]", facts["parts"])
-    return ImageData(
-        name=source.name,
-        classes=tuple(facts["classes"]),
-        images={part: entry.arrays[f"{part}-images"] for part in parts},
-        labels={part: np.asarray(entry.arrays[f"{part}-labels"]) for part in parts},
-        mirror=source.mirror,
-        notes=tuple(facts["notes"]),
-    )
+    parts = cast("list[Part]", entry.facts["parts"])
+    images = {part: entry.arrays[f"{part}-images"] for part in parts}
+    labels = {part: np.asarray(entry.arrays[f"{part}-labels"]) for part in parts}
+    classes, notes = tuple(entry.facts["classes"]), tuple(entry.facts["notes"])
+    return ImageData(source.name, classes, images, labels, source.mirror, notes)
 
 
 def _digits() -> ImageData:
@@ -190,8 +181,7 @@ def _digits() -> ImageData:
     bunch = load_digits()
     # The values are 0..16; 255 / 16 keeps their differences and fills the byte.
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    labels = bunch.target.astype(np.int64)
-    classes = tuple("0123456789")
+    labels, classes = bunch.target.astype(np.int64), tuple("0123456789")
     return ImageData("scikit-learn digits", classes, {"train": images}, {"train": labels}, mirror=False)
 
 
@@ -204,7 +194,7 @@ class _Shape:
 
 
 class _Another(Exception):
-    """An image unlike the first ones; decoding starts again, with the shape in ``args``."""
+    """An image does not fit the shape so far; decoding starts again, with the shape in ``args``."""
 
 
 def _decode_all(source: _Source, image_size: int | None, folder: Path) -> dict[str, Any]:
@@ -217,8 +207,9 @@ def _decode_all(source: _Source, image_size: int | None, folder: Path) -> dict[s
         except _Another as another:
             shape = another.args[0]
     if shape is None or "train" not in labels:
-        found = f"only images for {', '.join(labels)}" if labels else "no images"
-        raise UserMistake(f"data={source.name!r} holds {found}; training images are needed")
+        raise UserMistake(
+            f"data={source.name!r} holds no training images, only {', '.join(labels) or 'nothing'}"
+        )
     classes = sorted(set(labels["train"]), key=lambda label: (isinstance(label, str), label))
     if len(classes) < 2:
         raise UserMistake(f"data={source.name!r} has one class only ({classes[0]!r}); at least 2 are needed")
@@ -250,8 +241,8 @@ def _decode_round(
                 writers[sample.part] = stack.enter_context(ArrayWriter(path, row, np.uint8))
             writers[sample.part].append(_pixels(image, shape))
             labels.setdefault(sample.part, []).append(sample.label)
-            if number and number % 10_000 == 0:
-                logger.info("%s: %d images decoded", source.name, number)
+            if number % 10_000 == 9_999:
+                logger.info("%s: %d images decoded", source.name, number + 1)
     return shape, labels
 
 
@@ -417,7 +408,7 @@ def _archive_samples(path: Path, part: Part | None) -> Iterator[_Sample]:
                         folders.add(name)
                     elif member.isfile() and _is_image(member.name) and "__MACOSX" not in name.parts:
                         filled.update(name.parents)
-                        yield _member_sample(archive, member, f"{last} of {path.name}", part)
+                        yield _member(archive, member, f"{last} of {path.name}", part)
                 _check_end(stream, archive.offset)
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise UserMistake(f"archive {path.name!r} is damaged after {last} ({error}); get it again") from error
@@ -433,9 +424,7 @@ def _check_end(stream: _Bounded, offset: int) -> None:
         raise tarfile.ReadError("what follows is no archive member")
 
 
-def _member_sample(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, where: str, part: Part | None
-) -> _Sample:
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, where: str, part: Part | None) -> _Sample:
     folders = PurePosixPath(member.name).parts[:-1]
     if not folders or (len(folders) == 1 and folders[0] in _PARTS):
         raise UserMistake(f"image {where} lies in no class folder; the folder's name is its label")
@@ -502,10 +491,11 @@ def _column(schema: Any, file: Path, kind: str, asked: str | None, fits: Callabl
             )
         return asked
     if len(found) > 1:
-        found = [name for name in (kind, f"{kind}s", "img") if name in found] or found
-        if found[0] not in (kind, f"{kind}s", "img"):
+        usual = [name for name in (kind, f"{kind}s", "img") if name in found]
+        if not usual:
             known = ", ".join(found)
             raise UserMistake(f"{file.name} has several {kind} columns; choose {kind}_column from {known}")
+        found = usual
     if not found:
         raise UserMistake(f"{file.name} has no column of {kind}s; its columns: {', '.join(schema.names)}")
     return found[0]

@@ -114,14 +114,14 @@ def test_grammar_reorders_and_agrees() -> None:
     # the adverb goes first and the verb last, whatever the sentence
     for source, target in known.items():
         words, translated = source.split(), target.split()
-        assert translated[-1].rstrip("ur").endswith(("at", "it")) or translated[-1].endswith(("at", "it"))
+        assert translated[-1].endswith(("at", "it", "atur", "itur"))
         assert ("ne" in translated) == ("not" in words)
         if words[-1] == "today":
             assert translated[0] == "hodi"
         if words[:2] == ["these", "cats"] and words[2] in ("sleep", "wait", "sing", "rest"):
             assert "istaj miraj" in target
             assert translated[-1].endswith("atur")
-    assert len({target for target in known.values()}) > 0.99 * len(known)
+    assert len(set(known.values())) > 0.99 * len(known)
 
 
 class Lookup(nn.Module):
@@ -491,7 +491,7 @@ def test_wrong_folders(folder: Path, tmp_path: Path) -> None:
         read_folder(data, "fr", None, None)
     with pytest.raises(UserMistake, match=r"are both 'de'; they must differ"):
         read_folder(data, "de", "de", None)
-    with pytest.raises(UserMistake, match="test_split='test9' is not in .* it has test"):
+    with pytest.raises(UserMistake, match=r"test_split='test9' is not in .* it has test"):
         read_folder(data, None, None, "test9")
     (data / "train.fr").write_text("x\ny\nz\n", encoding="utf-8")
     with pytest.raises(UserMistake, match="has de, en, fr; choose source_language and target_language"):
