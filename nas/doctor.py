@@ -166,7 +166,9 @@ def repair(path: Path) -> list[str]:
         if config != recorded.config and run.recipe not in recorded.damage:
             kept = keep_copy(run.recipe)
             atomic_write_text(run.recipe, to_yaml(config))
-            done.append(f"{run.recipe} had been edited and was written anew, the old one is kept as {kept.name}")
+            done.append(
+                f"{run.recipe} had been edited and was written anew, the old one is kept as {kept.name}"
+            )
         space = get_space(config.space, task=config.task)
         study, mended = Study.open(run, space, objectives_of(config, None), config.dump(), recorded.facts)
         return [*done, *mended, *_finalists(run), *_weights(study)]
@@ -181,7 +183,9 @@ def _finalists(run: RunDirectory) -> list[str]:
         return []
     except CorruptFile as error:
         kept = keep_copy(run.finalists)
-        return [f"{error}; it is kept as {kept.name}, and 'nas resume {run.path}' measures the finalists again"]
+        return [
+            f"{error}; it is kept as {kept.name}, and 'nas resume {run.path}' measures the finalists again"
+        ]
     return []
 
 

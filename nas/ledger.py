@@ -179,6 +179,9 @@ class DatabaseLedger:
                 kind = models.TrialUserAttributeModel
                 old = session.query(kind).filter(kind.trial_id == trial_id, kind.key.in_(list(attributes)))
                 old.delete(synchronize_session=False)
+            if values is not None:
+                kept = models.TrialValueModel
+                session.query(kept).filter(kept.trial_id == trial_id).delete(synchronize_session=False)
             self._add(session, trial_id, attributes, values)
             trial.state = TrialState[state]
             if state == "RUNNING":

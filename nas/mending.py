@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nas.files import CorruptFile, unseal
 from nas.records import FINISHED, Records, StoredTrial, Suggestion, TrialResult
-from nas.salvage import Salvage, salvage
+from nas.salvage import Salvage
 from nas.storage import keep_copy
 
 if TYPE_CHECKING:
@@ -71,12 +71,13 @@ def assemble(
     rows: Sequence[Row],
     objectives: Sequence[tuple[str, str]],
     name: str,
-    url: str,
+    pick: Callable[[], Salvage],
     broken: str | None = None,
 ) -> Found:
     """Check every row against its seals and fill what is missing from the files.
 
-    ``name`` is what messages call the storage; ``broken`` says why it could not be read at all.
+    ``name`` is what messages call the storage, ``pick`` gives what else can be read of it when it is damaged, and
+    ``broken`` says why it could not be read at all.
     """
     found = Found(problems=[broken] if broken else [])
     believed: list[_Believed] = []
@@ -85,7 +86,7 @@ def assemble(
         believed.append(one)
         if problem is not None:
             found.problems.append(f"{name} is damaged: trial {index}: {problem}")
-    picked = salvage(url) if found.problems else Salvage()
+    picked = pick() if found.problems else Salvage()
     for number in range(
         _how_many(records, len(rows), [s.number for s in picked.suggestions if s.run == token])
     ):

@@ -17,7 +17,7 @@ from nas.storage import local_file
 
 __all__ = ["Salvage", "salvage"]
 
-_MOST_ERRORS = 50_000
+_MOST_ERRORS = 2_000
 _TABLES = {
     "study_user_attributes": "study_user_attribute_id",
     "trial_user_attributes": "trial_user_attribute_id",
@@ -84,7 +84,10 @@ def _from_sqlite(path: Path) -> Iterator[Any]:
 
 
 def _rows(connection: sqlite3.Connection, table: str, identifier: str) -> Iterator[Any]:
-    """Row by row, because one bad page would end a query over all of them."""
+    """Row by row, because one bad page would end a query over all of them.
+
+    A bad page has an end somewhere: it takes many bad rows in a row to give up.
+    """
     last = errors = 0
     query = (
         f"SELECT {identifier}, value_json FROM {table} WHERE {identifier} > ? ORDER BY {identifier} LIMIT 1"
@@ -100,5 +103,5 @@ def _rows(connection: sqlite3.Connection, table: str, identifier: str) -> Iterat
             continue
         if row is None or not isinstance(row[0], int):
             return
-        last = row[0]
+        last, errors = row[0], 0
         yield row[1]

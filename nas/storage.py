@@ -23,6 +23,7 @@ __all__ = [
     "MissingStudy",
     "close_storage",
     "error_text",
+    "is_damage",
     "keep_copy",
     "local_file",
     "open_storage",
@@ -33,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 60.0
+_PASSING = ("locked", "unable to open", "readonly", "disk is full", "disk I/O error")
 _COMPANIONS = ("-wal", "-shm", "-journal")
 _LOCAL_FILE_SYSTEMS = frozenset(
     {"apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
@@ -107,7 +109,7 @@ def _local_problem(path: Path, error: Exception) -> Exception:
     if isinstance(error, CorruptFile):
         return DamagedStorage(str(error))
     reason = error_text(error)
-    if isinstance(error, OSError) or any(text in reason for text in ("locked", "unable to open", "readonly")):
+    if isinstance(error, OSError) or any(text in reason for text in _PASSING):
         return UserMistake(f"{path}: {reason}; close the program that holds it, or check its permissions")
     return DamagedStorage(f"{path} is damaged: {reason}")
 
@@ -124,6 +126,13 @@ def error_text(error: BaseException) -> str:
         if line and isinstance(error, (OSError, sqlite3.Error, CorruptFile))
         else f"{name}: {line}".rstrip(": ")
     )
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error of SQLite is about what is in the file, and not about its lock, its disk or its permissions."""
+    while (cause := getattr(error, "orig", None) or error.__cause__) is not None:
+        error = cause
+    return isinstance(error, sqlite3.DatabaseError) and not any(text in str(error) for text in _PASSING)
 
 
 @contextlib.contextmanager

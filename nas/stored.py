@@ -16,12 +16,13 @@ from nas.files import CorruptFile, seal, unseal
 from nas.ledger import Ledger, make_ledger
 from nas.mending import STATES, Found, assemble, ordered, token_of
 from nas.records import FINISHED, Records, StoredTrial
-from nas.salvage import salvage
+from nas.salvage import Salvage, salvage
 from nas.storage import (
     DamagedStorage,
     MissingStudy,
     close_storage,
     error_text,
+    is_damage,
     local_file,
     open_storage,
     replace_storage,
@@ -89,8 +90,12 @@ class StoredStudy:
         self._directions: list[str] = []
         self._metric_names: Any = None
         self._file: os.stat_result | None = None
+        self._picked: Salvage | None = None
+        self._open(run, reading=reading)
+
+    def _open(self, run: RunDirectory, *, reading: bool) -> None:
         try:
-            self.storage = open_storage(url, reading=reading)
+            self.storage = open_storage(self.url, reading=reading)
             self.require_in_place()
             self._find(run)
         except MissingStudy:
@@ -124,7 +129,12 @@ class StoredStudy:
             raise UserMistake(f"--storage: {why}; repair it on its server, or start another run with --out")
         self.close()
         self.broken = why
-        self.identity = next(iter(salvage(self.url).studies), None)
+        self.identity = next(iter(self._pick().studies), None)
+
+    def _pick(self) -> Salvage:
+        if self._picked is None:
+            self._picked = salvage(self.url)
+        return self._picked
 
     def require_in_place(self) -> None:
         """Raises OSError when the file of the storage is no longer the one that was opened: SQLite would go on
@@ -181,7 +191,7 @@ class StoredStudy:
                 rows = self.ledger(space).rows()
             except Exception as error:  # whatever a damaged file makes the database stumble over
                 broken = f"{self.name} is damaged: {error_text(error)}"
-        return assemble(Records(run, token), token, rows, objectives, self.name, self.url, broken)
+        return assemble(Records(run, token), token, rows, objectives, self.name, self._pick, broken)
 
     def ledger(self, space: SearchSpace) -> Ledger:
         """The trials, for reading and writing."""
@@ -201,6 +211,49 @@ class StoredStudy:
             self.study_id = make_study(self.storage, study_name(run), objectives)
         self.write_identity(identity, objectives)
 
+    def complete(
+        self,
+        run: RunDirectory,
+        found: Found,
+        space: SearchSpace,
+        objectives: Sequence[tuple[str, str]],
+        identity: Mapping[str, Any],
+    ) -> list[str]:
+        """Let the storage hold everything that is in ``found``: what a sound one lacks is added, one that is not sound
+        is built anew. Returns what was wrong and what was done, one line each."""
+        if not found.problems:
+            self._add_what_lacks(run, found, space, objectives, identity)
+        lines = list(found.problems)
+        told = (
+            found.lost if found.problems else {n: why for n, why in found.lost.items() if n in found.absent}
+        )
+        lines += [f"trial {number} is lost: {why}" for number, why in told.items()]
+        if found.problems:
+            kept = self._rebuild(run, found, space, objectives, identity)
+            copy = f"; the old file is kept as {kept.name}" if kept else ""
+            lines.append(f"{self.name} was built again with {len(found.trials)} trials{copy}")
+            self.broken = self._file = None
+            self._open(run, reading=False)
+        elif found.absent:
+            lines.append(f"{self.name} lacked {len(found.absent)} trials, restored from their records")
+        return lines
+
+    def _add_what_lacks(
+        self,
+        run: RunDirectory,
+        found: Found,
+        space: SearchSpace,
+        objectives: Sequence[tuple[str, str]],
+        identity: Mapping[str, Any],
+    ) -> None:
+        try:
+            self.make(run, objectives, identity)
+            append_trials(self.ledger(space), found, found.absent, objectives, str(identity["run"]))
+        except Exception as error:
+            if local_file(self.url) is None or not is_damage(error):
+                raise
+            found.problems.append(f"{self.name} is damaged: {error_text(error)}")
+
     def write_identity(self, identity: Mapping[str, Any], objectives: Sequence[tuple[str, str]]) -> None:
         """Record what the study is, unless it is recorded already."""
         assert self.storage is not None  # asked for only when it is there
@@ -212,7 +265,7 @@ class StoredStudy:
             self.storage.set_study_user_attr(self.study_id, "nas", seal(identity))
         self._metric_names, self.identity = names, dict(identity)
 
-    def rebuild(
+    def _rebuild(
         self,
         run: RunDirectory,
         found: Found,

@@ -20,7 +20,7 @@ from nas.files import CorruptFile, seal
 from nas.mending import Found, mend_files, ordered
 from nas.records import Records, StoredTrial, TrialResult
 from nas.storage import DamagedStorage, close_storage, open_storage, stop_on_error
-from nas.stored import OPTUNA_STATES, StoredStudy, append_trials, make_identity, study_name
+from nas.stored import OPTUNA_STATES, StoredStudy, make_identity, study_name
 
 if TYPE_CHECKING:
     from nas.ledger import Ledger
@@ -138,27 +138,9 @@ class Study:
             identity = make_identity(space, objectives, before["config"], facts or before["facts"], token)
             stored.require_same(identity, run, space.name)
             found = stored.assemble(run, token, objectives, space)
-            lines = _several(found.problems)
-            if found.problems:
-                kept = stored.rebuild(run, found, space, objectives, identity)
-                copy = f"; the old file is kept as {kept.name}" if kept else ""
-                lines.append(f"{stored.name} was built again with {len(found.trials)} trials{copy}")
-                stored = StoredStudy(run, url, reading=False)
-            else:
-                stored.make(run, objectives, identity)
-                append_trials(stored.ledger(space), found, found.absent, objectives, token)
-                if found.absent:
-                    lines.append(
-                        f"{stored.name} lacked {len(found.absent)} trials, restored from their records"
-                    )
-            lost = (
-                found.lost
-                if found.problems
-                else {n: why for n, why in found.lost.items() if n in found.absent}
-            )
-            lines += _several([f"trial {number} is lost: {why}" for number, why in lost.items()])
+            lines = stored.complete(run, found, space, objectives, identity)
             study = cls._attach(run, space, objectives, stored, found, token)
-            return study, [*lines, *_several(mend_files(study._records, study.trials()))]
+            return study, [*_several(lines), *_several(mend_files(study._records, study.trials()))]
 
     @classmethod
     def _attach(
@@ -190,7 +172,8 @@ class Study:
         stored = StoredStudy(run, cls.url(run, config.get("storage")), reading=True)
         token = stored.token(run, facts) or ""
         if stored.identity is not None:  # a recipe can be edited
-            objectives = [(str(name), str(direction)) for name, direction in stored.identity["objectives"]]
+            given = stored.identity["objectives"]
+            objectives = [(str(name), "maximize" if way == "maximize" else "minimize") for name, way in given]
         found = stored.assemble(run, token, objectives, space)
         stored.close()
         if found.problems and not found.trials:
@@ -323,7 +306,7 @@ def _taken(run: RunDirectory) -> str:
 
 
 def _several(lines: Sequence[str]) -> list[str]:
-    """The first few lines, and how many more there are."""
-    if len(lines) <= _TOLD:
+    """The first few lines, how many more there are, and the last one, which says what was done."""
+    if len(lines) <= _TOLD + 1:
         return list(lines)
-    return [*lines[:_TOLD], f"and {len(lines) - _TOLD} more of this kind"]
+    return [*lines[:_TOLD], f"and {len(lines) - _TOLD - 1} more of this kind", lines[-1]]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import pkgutil
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from spaces.errors import UnknownNameError
@@ -20,7 +22,8 @@ class Registry(Generic[T]):
     """Names of one kind of thing, each defined in some module of ``package``.
 
     A name is looked for in the module of the same name first, so that asking for one thing does not import all
-    the others; only when it is not there is the whole package walked.
+    the others; only when it is not there is the whole package walked. Other distributions add names through the
+    entry-point group that is called like the package.
 
     Args:
         what: what a name stands for, in messages ("controller").
@@ -39,7 +42,10 @@ class Registry(Generic[T]):
         def decorate(thing: Named) -> Named:
             known = self._found.get(name)
             if known is not None and _origin(known) != _origin(thing):
-                raise ValueError(f"{self._what} {name!r} is registered twice: {_origin(known)} and {_origin(thing)}")
+                raise ValueError(
+                    f"{self._what} {name!r} is registered twice, by {_origin(known)} and {_origin(thing)}; "
+                    "rename one of them"
+                )
             self._found[name] = thing  # type: ignore[assignment]  # the caller registers what the registry is of
             return thing
 
@@ -53,6 +59,8 @@ class Registry(Generic[T]):
                 importlib.import_module(module)
         if name not in self._found:
             known = self.names()
+            if name in known and name not in self._found:
+                self.register(name)(self._entry_points()[name].load())
             if name not in self._found:
                 raise UnknownNameError(self._what, name, known)
         return self._found[name]
@@ -64,7 +72,10 @@ class Registry(Generic[T]):
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
             self._walked = True
-        return sorted(self._found)
+        return sorted({*self._found, *self._entry_points()})
+
+    def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
+        return {point.name: point for point in entry_points(group=self._package)}
 
 
 def _origin(thing: object) -> str:

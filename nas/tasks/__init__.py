@@ -8,22 +8,19 @@ tokenizers, ...) is loaded when it is made.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from nas.errors import UnknownNameError, UserMistake, nearest
+from nas.errors import UserMistake, nearest
+from spaces.names import Registry
 
 if TYPE_CHECKING:
     from nas.tasks.base import Task
 
 __all__ = ["list_tasks", "make_task", "register_task"]
 
-_GROUP = "nas.tasks"
-_REGISTRY: dict[str, type[Task]] = {}
+_REGISTRY: Registry[type[Task]] = Registry("task", "nas.tasks")
 _TaskClass = TypeVar("_TaskClass", bound="type[Task]")
 
 
@@ -34,12 +31,9 @@ def register_task(name: str) -> Callable[[_TaskClass], _TaskClass]:
     """
 
     def add(cls: _TaskClass) -> _TaskClass:
-        known = _REGISTRY.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"task {name!r} is already registered by {known.__module__}:{known.__name__}")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
+        registered = _REGISTRY.register(name)(cls)
+        registered.name = name
+        return registered
 
     return add
 
@@ -63,23 +57,11 @@ def make_task(name: str, **options: Any) -> Task:
 
 def list_tasks() -> list[str]:
     """Sorted names of all tasks: built-in, registered, and of installed entry points."""
-    _load_built_ins()
-    return sorted({*_REGISTRY, *_entry_points()})
+    return _REGISTRY.names()
 
 
 def _find(name: str) -> type[Task]:
-    if ":" in name:
-        return _from_module(name)
-    if name not in _REGISTRY and name.isidentifier() and importlib.util.find_spec(f"{__name__}.{name}"):
-        # The file that carries the name is tried alone, so that no other task is imported for it.
-        importlib.import_module(f"{__name__}.{name}")
-    if name not in _REGISTRY:
-        _load_built_ins()
-    if name not in _REGISTRY and name in _entry_points():
-        register_task(name)(_entry_points()[name].load())
-    if name not in _REGISTRY:
-        raise UnknownNameError("task", name, list_tasks())
-    return _REGISTRY[name]
+    return _from_module(name) if ":" in name else _REGISTRY.get(name)
 
 
 def _from_module(name: str) -> type[Task]:
@@ -95,15 +77,6 @@ def _from_module(name: str) -> type[Task]:
     if not hasattr(found, "name"):
         found.name = name
     return found
-
-
-def _load_built_ins() -> None:
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-
-
-def _entry_points() -> Mapping[str, Any]:
-    return {point.name: point for point in entry_points(group=_GROUP)}
 
 
 def _check_options(name: str, cls: type[Task], options: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ def beam_search(
         if length == max_length:
             log_probs[:, :end] = log_probs[:, end + 1 :] = -torch.inf
         candidates, origins, tokens = _best(scores, log_probs, end)
-        _collect(finished, active, prefix, candidates, origins, tokens, end, _penalty(length - 1, length_penalty))
+        _collect(finished, active, prefix, candidates, origins, tokens, end, _penalty(length, length_penalty))
         candidates = candidates.masked_fill(tokens == end, -torch.inf)
         scores, picks = candidates.topk(beam, dim=1)
         rows = origins.gather(1, picks) + beam * torch.arange(len(active), device=device)[:, None]

@@ -777,7 +777,7 @@ def test_third_party_tasks() -> None:
         make_task("nas.errors:UserMistake")
     with pytest.raises(UserMistake, match=r"task 'no_such_module:X' cannot be loaded"):
         make_task("no_such_module:X")
-    with pytest.raises(ValueError, match="task 'translation' is already registered by"):
+    with pytest.raises(ValueError, match="task 'translation' is registered twice"):
         register_task("translation")(ImageClassification)
     assert ImageClassification.name == "image_classification"
 

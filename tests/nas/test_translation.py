@@ -235,6 +235,26 @@ def test_wider_beam_scores_no_worse_than_greedy() -> None:
     assert better > 5
 
 
+class Fork(nn.Module):
+    """First 3, ``END`` or 4, in this order; 3 leads nowhere, 4 ends for sure."""
+
+    def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
+        chances = {
+            BEGIN: [0.0, 0.0, 0.34, 0.36, 0.30],
+            3: [0.0, 0.0, 1e-6, 0.5, 0.5],
+            4: [0.0, 0.0, 1.0, 0.0, 0.0],
+        }
+        table = torch.tensor([chances.get(token, [0.2] * 5) for token in range(5)]).clamp_min(1e-9).log()
+        return table[target_in]
+
+
+def test_a_completed_hypothesis_takes_no_place_of_a_living_one() -> None:
+    options: dict[str, Any] = {"begin": BEGIN, "end": END, "padding": PADDING, "max_length": 5}
+    source = torch.tensor([[3, 2]])
+    assert beam_search(Fork(), source, beam=2, length_penalty=2.0, **options) == [[4]]
+    assert beam_search(Fork(), source, beam=2, length_penalty=0.0, **options) == [[]]
+
+
 def test_batch_does_not_change_the_translation() -> None:
     model = LookupWithMemory(9, 4, ends=1.5)
     source = torch.tensor([[3, 4, 2], [5, 6, 2], [6, 3, 2], [8, 4, 2], [7, 7, 2]])

@@ -38,7 +38,10 @@ def processes_with(marker: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
-                if marker.encode() in (entry / "environ").read_bytes() and " Z " not in (entry / "stat").read_text():
+                if (
+                    marker.encode() in (entry / "environ").read_bytes()
+                    and " Z " not in (entry / "stat").read_text()
+                ):
                     found.append(int(entry.name))
     return found
 
@@ -129,7 +132,11 @@ class Bench:
 
     def values(self) -> dict[str, dict[str, float]]:
         """Key of the architecture -> values, of the complete trials."""
-        return {trial.key: trial.result.values for trial in self.stored() if trial.result and trial.state == "complete"}
+        return {
+            trial.key: trial.result.values
+            for trial in self.stored()
+            if trial.result and trial.state == "complete"
+        }
 
     def evaluations(self) -> Counter[str]:
         """How often each architecture was evaluated."""
@@ -154,7 +161,11 @@ class Bench:
         wait_until(lambda: not self.orphans(), 10, "the last process to end")
 
     def check_no_leftovers(self) -> None:
-        names = [path for path in self.folder.rglob("*") if path.name.endswith((".tmp", ".lock", ".rename", "-journal", "-wal", "-shm"))]
+        names = [
+            path
+            for path in self.folder.rglob("*")
+            if path.name.endswith((".tmp", ".lock", ".rename", "-journal", "-wal", "-shm"))
+        ]
         names = [path for path in names if path.name != "driver.lock"]
         assert not names, f"left over: {names}"
 
@@ -191,7 +202,9 @@ class Zygote:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
-    def run(self, bench: Bench, kill_at: int | None = None, *, report: bool = False, names: Path | None = None) -> int:
+    def run(
+        self, bench: Bench, kill_at: int | None = None, *, report: bool = False, names: Path | None = None
+    ) -> int:
         """Exit code of one driver, minus the signal that ended it. Its output is appended to ``bench.log``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None

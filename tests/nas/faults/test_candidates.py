@@ -41,10 +41,19 @@ def run(drivers: Zygote, folder: Path, evaluator: str, *extra: str) -> Bench:
     ],
 )
 def test_one_bad_candidate(
-    drivers: Zygote, expected: Expected, tmp_path: Path, evaluator: str, extra: list[str], kind: str, reason: str
+    drivers: Zygote,
+    expected: Expected,
+    tmp_path: Path,
+    evaluator: str,
+    extra: list[str],
+    kind: str,
+    reason: str,
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("".join(f"{extra[i][2:].replace('-', '_')}: {extra[i + 1]}\n" for i in range(0, len(extra), 2)) or "{}")
+    recipe.write_text(
+        "".join(f"{extra[i][2:].replace('-', '_')}: {extra[i + 1]}\n" for i in range(0, len(extra), 2))
+        or "{}"
+    )
     bench = run(drivers, tmp_path, f"{EVALUATORS}:{evaluator}", "--recipe", str(recipe))
     first, *others = bench.stored()
     assert failure_of(first)[0] == kind
@@ -76,7 +85,9 @@ def test_nan_is_a_failure_and_never_on_the_front(drivers: Zygote, tmp_path: Path
 def test_a_metric_that_is_missing_names_those_there_are(drivers: Zygote, tmp_path: Path) -> None:
     bench = Bench(tmp_path, evaluator=f"{EVALUATORS}:empties")
     assert drivers.run(bench, report=True) == 1
-    assert {failure_of(trial)[1] for trial in bench.stored()} == {"objective 'score' is not among the metrics: none"}
+    assert {failure_of(trial)[1] for trial in bench.stored()} == {
+        "objective 'score' is not among the metrics: none"
+    }
 
 
 @pytest.mark.parametrize("trials", [6, 20])

@@ -22,7 +22,9 @@ def moments(drivers: Zygote, folder: Path, storage: str, *, report: bool = False
     return names.read_text().splitlines()
 
 
-def kill_and_resume(drivers: Zygote, bench: Bench, moment: int, expected: Expected, *, report: bool = False) -> None:
+def kill_and_resume(
+    drivers: Zygote, bench: Bench, moment: int, expected: Expected, *, report: bool = False
+) -> None:
     """Kill the driver at ``moment``, run the same command again, and check everything that must hold."""
     code = drivers.run(bench, moment, report=report)
     assert code in (-signal.SIGKILL, 0), bench.log.read_text()
@@ -95,7 +97,10 @@ def strike_all(drivers: Zygote, folder: Path, target: str, every: list[int]) -> 
     for moment in every:
         bench = Bench(folder / str(moment), evaluator=f"{EVALUATORS}:struck_while_saving")
         struck = folder / f"struck-{moment}"
-        bench.extra_environment = {"NAS_FAULTS_STRIKE": f"{target}:{moment}", "NAS_FAULTS_STRUCK": str(struck)}
+        bench.extra_environment = {
+            "NAS_FAULTS_STRIKE": f"{target}:{moment}",
+            "NAS_FAULTS_STRUCK": str(struck),
+        }
         code = drivers.run(bench)
         if not struck.exists():
             return found
@@ -106,7 +111,9 @@ def strike_all(drivers: Zygote, folder: Path, target: str, every: list[int]) -> 
 ALL_MOMENTS = list(range(1, 30))
 
 
-@pytest.mark.parametrize("every", [[2, 5], pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "every", [[2, 5], pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["some", "all"]
+)
 def test_driver_killed_at_durable_steps_of_a_worker(
     drivers: Zygote, expected: Expected, tmp_path: Path, every: list[int]
 ) -> None:
@@ -123,7 +130,9 @@ def test_driver_killed_at_durable_steps_of_a_worker(
     assert {sum(bench.evaluations().values()) for _, bench, _ in found} == {6, 7}
 
 
-@pytest.mark.parametrize("every", [[2, 5], pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "every", [[2, 5], pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["some", "all"]
+)
 def test_worker_killed_at_durable_steps(
     drivers: Zygote, expected: Expected, tmp_path: Path, every: list[int]
 ) -> None:

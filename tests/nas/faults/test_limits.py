@@ -62,7 +62,9 @@ def test_directory_deleted_during_the_run(tmp_path: Path, storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
-def test_storage_deleted_during_the_run(drivers: Zygote, expected: Expected, tmp_path: Path, storage: str) -> None:
+def test_storage_deleted_during_the_run(
+    drivers: Zygote, expected: Expected, tmp_path: Path, storage: str
+) -> None:
     bench = Bench(tmp_path, storage, seconds=0.3)
     process = bench.start()
     wait_until(lambda: sum(bench.evaluations().values()) >= 2, 60, "the second evaluation")

@@ -29,7 +29,9 @@ def check_refusal(bench: Bench, text: str) -> None:
     lines = text.strip().splitlines()
     assert len(lines) == 1, text
     owner = re.escape(f"error: {bench.out}: in use by another driver (host {socket.gethostname()}, PID ")
-    assert re.fullmatch(owner + r"\d+, started \d+ s ago\); wait for it, stop it, or use another --out", lines[0]), text
+    assert re.fullmatch(
+        owner + r"\d+, started \d+ s ago\); wait for it, stop it, or use another --out", lines[0]
+    ), text
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -60,7 +62,9 @@ def test_started_together_on_an_existing_one(
         assert sum(bench.evaluations().values()) == bench.trials
 
 
-def test_second_driver_while_the_first_works_or_is_paused(drivers: Zygote, expected: Expected, tmp_path: Path) -> None:
+def test_second_driver_while_the_first_works_or_is_paused(
+    drivers: Zygote, expected: Expected, tmp_path: Path
+) -> None:
     bench = Bench(tmp_path, seconds=1.0)
     first = bench.start()
     wait_until(lambda: sum(bench.evaluations().values()) >= 1, 60, "the first evaluation")

@@ -34,16 +34,15 @@ def _warm_up() -> None:
     """A whole run in this process, so that every module is there."""
     from nas.cli.main import main as nas
 
+    words = ["search", "--space", f"{TOYS}:SPACE", "--evaluator", f"{TOYS}:evaluate", "--trials", "1"]
+    words += ["--objective", "score:maximize", "--objective", "cost:minimize", "--workers", "1"]
     stdout = os.dup(1)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         try:
             for storage in ([], ["--storage", f"journal:{folder}/journal"]):
                 out = f"{folder}/{len(storage)}"
-                nas(
-                    ["search", "--space", f"{TOYS}:SPACE", "--evaluator", f"{TOYS}:evaluate", "--trials", "1",
-                     "--objective", "score:maximize", "--objective", "cost:minimize", "--workers", "1", "--out", out, *storage]
-                )  # fmt: skip
+                nas([*words, "--out", out, *storage])
         except SystemExit as ended:
             if ended.code:
                 raise

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from nas.config import SearchConfig
+from nas.pareto import Direction
 from nas.recorded import write_start
 from nas.run_directory import RunDirectory
 from nas.study import StoredTrial, Study, TrialResult
 from tests.nas.toys import toy
 
-OBJECTIVES = [("score", "maximize"), ("cost", "minimize")]
+OBJECTIVES: list[tuple[str, Direction]] = [("score", "maximize"), ("cost", "minimize")]
 STATES = ("complete", "complete", "failed", "complete", "pruned", "complete")
 TOYS = Path(toy.__file__)
 
@@ -39,7 +40,9 @@ def toy_result(trial: StoredTrial, state: str = "complete") -> TrialResult:
     metrics = toy.evaluate(trial.architecture, "")
     if state == "complete":
         return TrialResult("complete", values=metrics, metrics=metrics, seconds=0.25)
-    return TrialResult(state, metrics=metrics, failure={"kind": "error", "reason": f"was {state}", "log_tail": ""})
+    return TrialResult(
+        state, metrics=metrics, failure={"kind": "error", "reason": f"was {state}", "log_tail": ""}
+    )
 
 
 def architectures() -> list[dict[str, Any]]:
@@ -82,6 +85,13 @@ def opened(run: RunDirectory, storage: str | None = None) -> tuple[Study, list[s
 def summary(study: Study) -> list[tuple[int, str, str, str | None, int, Any]]:
     """What must not change whatever happens to a run."""
     return [
-        (trial.number, trial.key, trial.state, trial.name, trial.seed, trial.result and trial.result.to_dict())
+        (
+            trial.number,
+            trial.key,
+            trial.state,
+            trial.name,
+            trial.seed,
+            trial.result and trial.result.to_dict(),
+        )
         for trial in study.trials()
     ]
