@@ -158,12 +158,10 @@ def repair(path: Path) -> list[str]:
     run.acquire()
     try:
         recorded = read_recorded(run)
-        original = read_identity(run, Study.url(run, recorded.config.storage))
-        config = recorded.config
-        if original is not None:
-            config = SearchConfig.parse(original["config"])
+        identity = read_identity(run, Study.url(run, recorded.config.storage))
+        config = recorded.config if identity is None else SearchConfig.parse(identity["config"])
         done = put_back(run, replace(recorded, config=config))
-        if config != recorded.config and run.recipe not in recorded.damage:
+        if (recorded.edited or config != recorded.config) and run.recipe not in recorded.damage:
             kept = keep_copy(run.recipe)
             atomic_write_text(run.recipe, to_yaml(config))
             done.append(

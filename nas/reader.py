@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.config import SearchConfig
 from nas.errors import UserMistake
-from nas.recorded import edits, read_recorded
+from nas.recorded import read_recorded
 from nas.resolve import objectives_of
 from nas.run_directory import RunDirectory
 from nas.storage import DamagedStorage
@@ -58,13 +58,14 @@ def read_run(path: Path) -> ReadRun:
     config, facts = recorded.config, recorded.facts or {}
     for damaged, why in recorded.damage.items():
         logger.warning("%s is damaged: %s; 'nas doctor --repair %s' mends it", damaged, why, path)
+    if recorded.edited:
+        edited = "; ".join(recorded.edited.values())
+        logger.warning("%s is not what the run was started with and is not believed: %s", run.recipe, edited)
     space = get_space(config.space, task=config.task)
     try:
         study = Study.read(run, space, objectives_of(config, facts.get("objective")), config.dump(), facts)
     except DamagedStorage as error:
         raise UserMistake(f"{error}; 'nas resume {path}' or 'nas doctor --repair {path}' mends it") from None
-    if study.started_config() and (edited := edits(config, study.started_config())):
-        logger.warning("%s is not what the run was started with: %s", run.recipe, "; ".join(edited.values()))
     return ReadRun(run, config, study, facts)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nas.config import SearchConfig, load_recipe, to_yaml
 from nas.errors import UserMistake
 from nas.files import CorruptFile, atomic_write_text, read_record, write_record
+from nas.resolve import CHANGEABLE
 from nas.storage import keep_copy
 from nas.stored import read_identity
 
@@ -27,11 +28,16 @@ __all__ = ["Recorded", "edits", "put_back", "read_recorded", "write_start"]
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a run directory says of its run; ``damage`` maps a file to what is wrong with it."""
+    """What a run directory says of its run.
+
+    ``damage`` maps a file to what is wrong with it. ``edited`` says what the recipe has differently from what the run
+    was started with where that would change the meaning of results; ``config`` has what it was started with.
+    """
 
     config: SearchConfig
     facts: dict[str, Any] | None
     damage: dict[Path, str] = field(default_factory=dict)
+    edited: dict[str, str] = field(default_factory=dict)
 
 
 def write_start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> dict[str, Any]:
@@ -51,12 +57,15 @@ def read_recorded(run: RunDirectory) -> Recorded:
     ``facts`` is None when no copy of them is whole. Raises UserMistake when no copy of the recipe is.
     """
     damage: dict[Path, str] = {}
-    given: dict[str, Any] = {}
-    config: SearchConfig | None = None
+    found: SearchConfig | None = None
     facts: dict[str, Any] | None = None
     try:
         given = load_recipe(run.recipe)
-        config = SearchConfig.parse(given)
+        found = SearchConfig.parse(given)
+        missing = [key for key in SearchConfig.model_fields if key not in given]
+        if missing:
+            # We write every key: one that lacks is a line lost, and the line before it may be cut short.
+            damage[run.recipe] = f"it lacks {', '.join(missing[:3])}" + (" and more" if missing[3:] else "")
     except UserMistake as mistake:
         damage[run.recipe] = _reason(str(mistake), run.recipe)
     try:
@@ -65,28 +74,29 @@ def read_recorded(run: RunDirectory) -> Recorded:
         damage[run.environment] = error.why
     except OSError as error:
         damage[run.environment] = error.strerror or str(error)
-    missing = [key for key in SearchConfig.model_fields if key not in given]
-    if config is not None and missing:
-        # We write every key: one that lacks is a line lost, and its default may be another value.
-        damage[run.recipe] = f"it lacks {', '.join(missing[:3])}" + (" and more" if missing[3:] else "")
-    if not damage:
-        assert config is not None  # an unusable recipe is damage
-        return Recorded(config, facts)
-    return _from_copies(run, given if config is not None else {}, facts, damage)
+    original: dict[str, Any] | None = (facts or {}).get("recipe")
+    if damage:
+        known = original or (found.dump() if found is not None else {})
+        identity = read_identity(run, str(known.get("storage") or f"sqlite:///{run.database}")) or {}
+        original = identity.get("config") or original
+        facts = facts if facts is not None else identity.get("facts")
+    return _merged(run, None if run.recipe in damage else found, original, facts, damage)
 
 
-def _from_copies(
-    run: RunDirectory, given: dict[str, Any], facts: dict[str, Any] | None, damage: dict[Path, str]
+def _merged(
+    run: RunDirectory,
+    found: SearchConfig | None,
+    original: dict[str, Any] | None,
+    facts: dict[str, Any] | None,
+    damage: dict[Path, str],
 ) -> Recorded:
-    known = {**((facts or {}).get("recipe") or {}), **given}
-    url = known.get("storage") or f"sqlite:///{run.database}"
-    identity = read_identity(run, str(url)) or {}
-    if facts is None:
-        facts = identity.get("facts")
-    copy = identity.get("config") or (facts or {}).get("recipe")
-    if run.recipe in damage and copy is None:
+    if original is None and found is None:
         raise UserMistake(f"{run.recipe}: {damage[run.recipe]}; and no other copy of it can be read")
-    return Recorded(SearchConfig.parse({**(copy or {}), **given}, str(run.recipe)), facts, damage)
+    if original is None or found is None:
+        return Recorded(found or SearchConfig.parse(original or {}, str(run.recipe)), facts, damage)
+    edited = {key: text for key, text in edits(found, original).items() if key not in CHANGEABLE}
+    kept = {key: original[key] for key in edited}
+    return Recorded(SearchConfig.parse({**found.dump(), **kept}), facts, damage, edited)
 
 
 def edits(config: SearchConfig, original: Mapping[str, Any]) -> dict[str, str]:
@@ -114,4 +124,4 @@ def put_back(run: RunDirectory, recorded: Recorded) -> list[str]:
 def _reason(text: str, path: Path) -> str:
     for prefix in (f"--recipe {path}: ", f"--recipe {path} ", "configuration: "):
         text = text.removeprefix(prefix)
-    return text
+    return text.split("; known: ")[0]

@@ -31,6 +31,7 @@ from spaces import get_space
 
 if TYPE_CHECKING:
     from nas.executors import Executor
+    from nas.recorded import Recorded
     from nas.report.data import RunReport
     from spaces import Architecture, SearchSpace
 
@@ -152,6 +153,7 @@ class Session:
 
     def _resume(self, given: Mapping[str, Any]) -> _SetUp:
         recorded = read_recorded(self.run_directory)
+        _refuse_edited(recorded, self.run_directory)
         config = recorded.config
         if changes := changed_keys(given, config):
             raise UserMistake(
@@ -166,8 +168,9 @@ class Session:
         study, mended = Study.open(self.run_directory, space, objectives, config.dump(), recorded.facts)
         for line in [*put_back(self.run_directory, recorded), *mended]:
             self.observer.note(line)
-        for line in _edited(recorded.config, study.started_config(), self.run_directory):
-            self.observer.note(line)
+        if changed := edits(recorded.config, study.started_config()):
+            texts = "; ".join(changed.values())
+            self.observer.note(f"{self.run_directory.recipe} was changed since the last session: {texts}")
         study.adopt(config.dump())
         atomic_write_text(self.run_directory.recipe, to_yaml(config))
         return _SetUp(config, space, study, recorded.facts or {"candidates": {}, "epochs": config.epochs or 1})
@@ -253,13 +256,9 @@ def _refuse_impossible_budgets(config: SearchConfig, facts: Mapping[str, Any]) -
             )
 
 
-def _edited(config: SearchConfig, started: Mapping[str, Any], run: RunDirectory) -> list[str]:
-    """What the recipe file says differently from the study, one line; refuses what would change the results."""
-    found = edits(config, started)
-    changes = [text for key, text in found.items() if key not in CHANGEABLE]
-    if changes:
+def _refuse_edited(recorded: Recorded, run: RunDirectory) -> None:
+    if recorded.edited:
         raise UserMistake(
-            f"{run.recipe}: differs from what the run was started with ({'; '.join(changes)}); "
+            f"{run.recipe}: differs from what the run was started with ({'; '.join(recorded.edited.values())}); "
             f"start another run with --out, or write the original back with 'nas doctor --repair {run.path}'"
         )
-    return [f"{run.recipe} was changed since the last session: {'; '.join(found.values())}"] if found else []

@@ -97,19 +97,17 @@ def open_storage(url: str, *, reading: bool = False) -> BaseStorage:
     try:
         opening = _open_journal if url.startswith("journal:") else _open_sqlite
         return opening(path, reading=reading)
-    except (CorruptFile, sqlite3.DatabaseError) as error:
-        raise _local_problem(path, error) from None
+    except (UserMistake, DamagedStorage):
+        raise
     except Exception as error:  # a damaged file makes Optuna and SQLAlchemy raise whatever they stumble over
-        raise _local_problem(path, error) from error
+        raise _local_problem(path, error, reading=reading) from error
 
 
-def _local_problem(path: Path, error: Exception) -> Exception:
-    if isinstance(error, UserMistake):
-        return error
+def _local_problem(path: Path, error: Exception, *, reading: bool) -> Exception:
     if isinstance(error, CorruptFile):
         return DamagedStorage(str(error))
     reason = error_text(error)
-    if isinstance(error, OSError) or any(text in reason for text in _PASSING):
+    if not reading and (isinstance(error, OSError) or any(text in reason for text in _PASSING)):
         return UserMistake(f"{path}: {reason}; close the program that holds it, or check its permissions")
     return DamagedStorage(f"{path} is damaged: {reason}")
 
@@ -190,8 +188,8 @@ def _open_sqlite(path: Path, *, reading: bool) -> BaseStorage:
         raise MissingStudy(f"{path}: empty")
     # A commit to the write-ahead log is one flush to the disk, a commit to the rollback journal four or five. The log
     # needs memory shared between its users, which no network has.
-    mode = "WAL" if not reading and _is_local(path) else None
-    return _sqlite_storage(lambda: _connect(path, mode))
+    setting = "query_only = ON" if reading else "journal_mode = WAL" if _is_local(path) else None
+    return _sqlite_storage(lambda: _connect(path, setting))
 
 
 def _sqlite_storage(connect: Callable[[], sqlite3.Connection]) -> RDBStorage:
@@ -201,11 +199,11 @@ def _sqlite_storage(connect: Callable[[], sqlite3.Connection]) -> RDBStorage:
     return optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
 
 
-def _connect(path: Path, mode: str | None) -> sqlite3.Connection:
+def _connect(path: Path, setting: str | None) -> sqlite3.Connection:
     # A dashboard that reads the same file may hold it for a moment: wait rather than fail.
     connection = sqlite3.connect(path, timeout=_WAIT_SECONDS, check_same_thread=False)
-    if mode is not None:
-        connection.execute(f"PRAGMA journal_mode = {mode}").close()
+    if setting is not None:
+        connection.execute(f"PRAGMA {setting}").close()
     return connection
 
 

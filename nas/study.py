@@ -181,7 +181,11 @@ class Study:
         left_out = [f"trial {number} is left out: {why}" for number, why in found.lost.items()]
         for line in _several([*found.problems, *left_out]):
             logger.warning("%s", line)
-        return cls(run, space, objectives, stored, found, token, writable=False)
+        study = cls(run, space, objectives, stored, found, token, writable=False)
+        for trial in study.trials():  # a result that waits for its driver to take it up is one
+            if trial.result is None and (result := study._saved_result(trial)) is not None:
+                study._remember(trial.finished(result))
+        return study
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

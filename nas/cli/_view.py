@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from nas.pareto import pareto_mask
@@ -25,9 +25,11 @@ from nas.report.data import (
     one_line,
 )
 from nas.report.tables import abbreviate, candidate_line
+from nas.resolve import objectives_of
 
 if TYPE_CHECKING:
     from nas.config import SearchConfig
+    from nas.pareto import Direction
     from nas.study import StoredTrial
     from spaces import SearchSpace
 
@@ -56,7 +58,7 @@ class RunView:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._lock = threading.Lock()
-        self._objectives: list[tuple[str, str]] = []
+        self._objectives: list[tuple[str, Direction]] = []
         self._values: list[list[float]] = []
         self._short: dict[str, str] = {}
         self._now: dict[int, str] = {}
@@ -70,9 +72,7 @@ class RunView:
 
     def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None:
         task = found.get("task") or {}
-        self._line(
-            f"space    {space.name}: {count_text(space.cardinality())} architectures"
-        )
+        self._line(f"space    {space.name}: {count_text(space.cardinality())} architectures")
         if task:
             facts = ", ".join(
                 f"{one_line(key)} {one_line(value)}" for key, value in task.items() if _is_short(value)
@@ -114,10 +114,7 @@ class RunView:
     # -- during ----------------------------------------------------------------------------------------------------
 
     def searching(self, config: SearchConfig, done: int) -> None:
-        self._objectives = [
-            (name, direction)
-            for name, _, direction in (text.partition(":") for text in config.objectives or [])
-        ]
+        self._objectives = objectives_of(config, None)
         if done:
             self._line(f"resuming: {done} of {config.trials} trials are finished")
         self._total = config.trials
@@ -126,19 +123,18 @@ class RunView:
         if not self._console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("[bold]search"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}  {task.fields[best]}"),
-            TextColumn("[dim]{task.fields[now]}"),
+            TextColumn(
+                "{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
             console=self._console,
             transient=True,
             refresh_per_second=4,
+            expand=True,
         )
-        self._task = self._progress.add_task(
-            "", total=config.trials, completed=done, left="", best="", now=""
-        )
+        self._task = self._progress.add_task("", total=config.trials, completed=done, text="")
         self._progress.start()
 
     def started(self, trial: StoredTrial) -> None:
@@ -187,9 +183,8 @@ class RunView:
         self._console.print(line)
         logger.info("%s", line.plain)
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, advance=1, left=self._left(), best=self._best(), now=self._now_text()
-            )
+            self._progress.update(self._task, advance=1)
+        self._refresh()
 
     def note(self, text: str) -> None:
         self._line(text, style="yellow")
@@ -199,26 +194,34 @@ class RunView:
             return ""
         self._values.append([row.values[name] for name, _ in self._objectives])
         directions = [direction for _, direction in self._objectives]
-        on_front = bool(pareto_mask(self._values, directions)[-1])  # type: ignore[arg-type]  # checked by the study
+        on_front = bool(pareto_mask(self._values, directions)[-1])
         return "front" if on_front and len(directions) > 1 else "best" if on_front else ""
 
-    def _best(self) -> str:
+    def _refresh(self) -> None:
+        """Best so far, size of the front, time left, and last, since it may be cut off, what runs now."""
+        if self._progress is not None and self._task is not None:
+            parts = [*self._best(), self._left(), *self._running_now()]
+            self._progress.update(self._task, text="; ".join(part for part in parts if part))
+
+    def _best(self) -> list[str]:
         if not self._values:
-            return ""
-        parts = []
+            return []
+        texts = []
         for index, (name, direction) in enumerate(self._objectives):
             best = (max if direction == "maximize" else min)(values[index] for values in self._values)
-            parts.append(f"best {name} {format_value(name, best)}")
+            texts.append(f"{name.removesuffix('_ms')} {format_value(name, best)}")
+        parts = [f"best {', '.join(texts)}"]
         if len(self._objectives) > 1:
             directions = [direction for _, direction in self._objectives]
-            parts.append(f"front {int(pareto_mask(self._values, directions).sum())}")  # type: ignore[arg-type]
-        return ", ".join(parts)
+            parts.append(f"front {int(pareto_mask(self._values, directions).sum())}")
+        return parts
 
     def _left(self) -> str:
+        if not self._done_here or self._progress is None:
+            return ""
+        task = self._progress.tasks[0]
         elapsed = time.monotonic() - self._began
-        task = self._progress.tasks[0] if self._progress else None
-        remaining = (self._total - task.completed) if task else 0
-        seconds = elapsed / max(1, self._done_here) * remaining
+        seconds = elapsed / self._done_here * (self._total - task.completed)
         if self._deadline is not None:
             seconds = min(seconds, max(0.0, self._deadline - time.monotonic()))
         return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left"
@@ -226,12 +229,11 @@ class RunView:
     def _doing(self, number: int, text: str) -> None:
         with self._lock:
             self._now[number] = text
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, now=self._now_text())
+        self._refresh()
 
-    def _now_text(self) -> str:
+    def _running_now(self) -> list[str]:
         with self._lock:
-            return "  ".join(f"#{number} {text}" for number, text in sorted(self._now.items())[:3])
+            return [f"#{number} {text}" for number, text in sorted(self._now.items())[:3]]
 
     # -- after -----------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,8 @@ class RegularizedEvolution(Controller):
         directions: "maximize" or "minimize" for each objective.
         seed: see :class:`nas.controllers.base.Controller`.
         population: how many architectures live, at least 2. 50 was better than 100 up to 500 trials.
-        initial: how many of the first are random, from 1 to ``population``. 20 was better than 50 after 50 and
-            100 trials and no worse after 300.
+        initial: how many of the first are random, from 1 to ``population``. 20 leaves more of a small budget
+            to evolution than 50 and finds no less with a large one (recipes/benchmarks/controllers_quality.py).
         tournament: how many are drawn for one tournament, from 1 to ``population``, but at most half of those
             that live.
         crossover_probability: share of children with two parents, from 0 to 1.

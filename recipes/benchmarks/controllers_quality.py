@@ -32,7 +32,7 @@ from nas.files import atomic_write_json
 from nas.pareto import Direction, hypervolume_2d
 from spaces import Architecture, Choice, Float, Int, Parameter, SearchSpace
 
-__all__ = ["PEERS", "PROBLEMS", "Problem", "main"]
+__all__ = ["PEERS", "PROBLEMS", "VARIANTS", "Problem", "main"]
 
 BUDGETS = (100, 300)
 DIRECTIONS: tuple[Direction, Direction] = ("maximize", "minimize")
@@ -144,6 +144,9 @@ def mixed(seed: int) -> Problem:
 
 PROBLEMS: dict[str, Callable[[int], Problem]] = {"layers": layers, "mixed": mixed}
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"evolution (initial=50)": ("evolution", {"initial": 50})}
+"""Controllers with other options than their defaults, for what the documentation says of those."""
+
 PEERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "optuna TPE (defaults)": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "optuna TPE (multivariate, group)": lambda seed: optuna.samplers.TPESampler(
@@ -162,7 +165,8 @@ Job = tuple[str, str, int, int]
 
 def run_controller(name: str, problem: Problem, objectives: int, seed: int) -> Outcomes:
     """Outcomes of the architectures that a controller asks for, in their order."""
-    controller = make_controller(name, problem.space, DIRECTIONS[:objectives], seed)
+    name, options = VARIANTS.get(name, (name, {}))
+    controller = make_controller(name, problem.space, DIRECTIONS[:objectives], seed, **options)
     outcomes = []
     for _ in range(max(BUDGETS)):
         architecture = controller.ask()
@@ -229,7 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", nargs="*", help="names of searchers; all if not given")
     chosen = parser.parse_args(arguments)
-    searchers = [name for name in [*list_controllers(), *PEERS] if chosen.only is None or name in chosen.only]
+    searchers = [
+        name
+        for name in [*list_controllers(), *VARIANTS, *PEERS]
+        if chosen.only is None or name in chosen.only
+    ]
     jobs = [
         (problem, name, objectives, seed)
         for problem in PROBLEMS

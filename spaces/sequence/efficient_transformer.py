@@ -166,7 +166,7 @@ def _small() -> SearchSpace:
         build=_build_image,
         task="image_classification",
         # 4x4 patches: on 8x8 images they are both faster and better than one token per pixel
-        published={"softmax_baseline": plain, "softmax_fine": plain | {"grid": 8}},
+        published={"softmax_baseline": plain},
         baseline="softmax_baseline",
         description="Transformers of 4x4 or 8x8 patches for images of 8 to 64 pixels, attention chosen per layer.",
     )

@@ -38,23 +38,24 @@ class Original:
         self.journal.write_bytes(data)
         return RunDirectory(self.run.path)
 
-    def check(self, run: RunDirectory, *, noted: bool | None = None) -> list[str]:
+    def check(self, run: RunDirectory, *, again: bool = True) -> list[str]:
         """Everything is still known, and the study can be written to."""
         study, lines = opened(run)
         try:
-            assert [trial for trial in summary(study)] == self.summary
             assert study.recover() == []
+            assert summary(study) == self.summary
             trial = study.suggest(architectures()[7])
             study.record(trial, toy_result(trial))
         finally:
             run.release()
         for line in self.journal.read_bytes().splitlines():
             assert "op_code" in json.loads(line)
-        again, more = opened(run)
-        run.release()
-        assert more == []
-        assert summary(again)[:-1] == self.summary
-        assert summary(again)[-1][2] == "complete"
+        if again:
+            reopened, more = opened(run)
+            run.release()
+            assert more == []
+            assert summary(reopened)[:-1] == self.summary
+            assert summary(reopened)[-1][2] == "complete"
         return lines
 
 
@@ -68,7 +69,7 @@ def test_every_cut_of_the_last_record(original: Original) -> None:
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     for cut in range(last, len(whole)):
         run = original.restore(whole[:cut])
-        original.check(run)
+        original.check(run, again=cut % 16 == 0)
         torn = original.journal.with_name("study.journal.torn-1")
         assert torn.exists() == (cut > last)
         if cut > last:
