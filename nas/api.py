@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nas.config import SearchConfig
     from nas.executors import Executor
     from nas.report.data import RunReport
-    from nas.study import StoredTrial
+    from nas.records import StoredTrial
     from spaces import SearchSpace
 
 __all__ = ["search"]
@@ -75,7 +75,7 @@ def search(
 class _Silent:
     def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None: ...
 
-    def searching(self, config: SearchConfig, done: int) -> None: ...
+    def searching(self, config: SearchConfig, finished: Sequence[StoredTrial]) -> None: ...
 
     def concluding(self, text: str) -> None: ...
 

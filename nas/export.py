@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserMistake
-from nas.files import CorruptFile, read_record, write_record
+from nas.files import CorruptFile, read_record, sweep_temporary, write_record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,10 +54,8 @@ def export_trial(run: ReadRun, trial: StoredTrial, out: Path) -> Path:
             f"trial {trial.number}: its weights were not kept (keep_weights, or an --evaluator without a model)"
         )
     tensors, metadata = load_tensors(source, sha256=result.weights_sha256)
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise UserMistake(f"--to {out}: not empty; give a new directory")
-    digest = save_weights(tensors, out / "weights.safetensors", metadata)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserMistake(f"--to {out}: not an empty directory; give a new one")
     described = {
         "format": FORMAT,
         "space": run.config.space,
@@ -64,15 +64,23 @@ def export_trial(run: ReadRun, trial: StoredTrial, out: Path) -> Path:
         "architecture": trial.architecture,
         "key": trial.key,
         "signature": signature,
-        "weights_sha256": digest,
         "metrics": result.metrics,
         "latency": result.latency,
         "values": result.values,
         "task": run.facts.get("task"),
         "environment": run.facts.get("environment"),
     }
-    write_record(out / "architecture.json", described)
-    load_model(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporary(out.parent)
+    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    staging.mkdir()
+    try:
+        digest = save_weights(tensors, staging / "weights.safetensors", metadata)
+        write_record(staging / "architecture.json", {**described, "weights_sha256": digest})
+        load_model(staging)
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # after the rename this name is gone
     return out
 
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,10 @@ def sweep_temporary(directory: str | os.PathLike[str]) -> int:
         match = _TEMPORARY.fullmatch(entry.name)
         if match and _abandoned(entry.name, int(match.group(1))):
             with contextlib.suppress(FileNotFoundError):
-                entry.unlink()
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
                 removed += 1
     return removed
 

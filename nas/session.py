@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nas.executors import Executor
     from nas.recorded import Recorded
     from nas.report.data import RunReport
+    from nas.records import StoredTrial
     from spaces import Architecture, SearchSpace
 
 __all__ = ["Session", "SessionObserver", "Stopped", "default_directory"]
@@ -46,8 +47,8 @@ class SessionObserver(Observer, Protocol):
     def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None:
         """What the space is, before the search; ``found`` is what ``nas.trial.probe`` returned."""
 
-    def searching(self, config: SearchConfig, done: int) -> None:
-        """The search begins; ``done`` trials are known from before."""
+    def searching(self, config: SearchConfig, finished: Sequence[StoredTrial]) -> None:
+        """The search begins; the results of ``finished`` are known from before."""
 
     def concluding(self, text: str) -> None:
         """Work after the search."""
@@ -224,7 +225,7 @@ class Session:
         self._search = Search(config, study, controller, self._executor, pruner, self.observer)
         if self.stopping.is_set():
             self._search.stopping.set()
-        self.observer.searching(config, sum(trial.result is not None for trial in study.trials()))
+        self.observer.searching(config, [trial for trial in study.trials() if trial.result is not None])
         started = time.monotonic()
         self._search.run(_first_architectures(space, config))
         logger.info("searched for %.1f s", time.monotonic() - started)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -17,7 +17,6 @@ from rich.text import Text
 from nas.pareto import pareto_mask
 from nas.report.data import (
     TrialRow,
-    as_number,
     format_count,
     format_interval,
     format_ms,
@@ -74,10 +73,10 @@ class RunView:
         task = found.get("task") or {}
         self._line(f"space    {space.name}: {count_text(space.cardinality())} architectures")
         if task:
-            facts = ", ".join(
-                f"{one_line(key)} {one_line(value)}" for key, value in task.items() if _is_short(value)
-            )
-            self._line(f"task     {facts}")
+            splits = ", ".join(f"{one_line(name)} {count:,}" for name, count in task.get("splits", {}).items())
+            self._line(f"task     {one_line(task['name'])} on {one_line(task.get('source', '?'))}: {splits}")
+            for note in task.get("notes", []):
+                self._line(f"note     {one_line(note)}", style="yellow")
         self._line(
             f"target   {config.target}; training on {config.device}, {config.workers} at a time; "
             f"controller {config.controller}, {config.trials} trials, seed {config.seed}"
@@ -113,8 +112,12 @@ class RunView:
 
     # -- during ----------------------------------------------------------------------------------------------------
 
-    def searching(self, config: SearchConfig, done: int) -> None:
+    def searching(self, config: SearchConfig, finished: Sequence[StoredTrial]) -> None:
         self._objectives = objectives_of(config, None)
+        for trial in finished:
+            if trial.result is not None and trial.result.state == "complete":
+                self._values.append([trial.result.values[name] for name, _ in self._objectives])
+        done = len(finished)
         if done:
             self._line(f"resuming: {done} of {config.trials} trials are finished")
         self._total = config.trials
@@ -250,12 +253,3 @@ class RunView:
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
         logger.info("%s", text)
-
-
-def _is_short(value: object) -> bool:
-    return (
-        isinstance(value, (str, int, float))
-        and not isinstance(value, bool)
-        and len(str(value)) <= 80
-        and (not isinstance(value, float) or as_number(value) is not None)
-    )
