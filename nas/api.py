@@ -12,8 +12,8 @@ from nas.session import Session, SessionObserver, default_directory
 if TYPE_CHECKING:
     from nas.config import SearchConfig
     from nas.executors import Executor
-    from nas.report.data import RunReport
     from nas.records import StoredTrial
+    from nas.report.data import RunReport
     from spaces import SearchSpace
 
 __all__ = ["search"]

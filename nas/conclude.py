@@ -65,7 +65,6 @@ def conclude(
 def build_report(study: Study, config: SearchConfig, facts: Mapping[str, Any]) -> RunReport:
     """Everything known about a run at this moment."""
     trials = study.trials()
-    seconds = [trial.result.seconds or 0.0 for trial in trials if trial.result]
     objective = facts.get("objective")
     return RunReport(
         name=study.run.path.resolve().name,
@@ -78,11 +77,21 @@ def build_report(study: Study, config: SearchConfig, facts: Mapping[str, Any]) -
         recipe=config.dump(),
         started=str(facts.get("started", "")),
         finished=datetime.now().astimezone().isoformat(timespec="seconds"),
-        wall_seconds=sum(seconds),
+        wall_seconds=_wall_seconds(study.run),
         baseline=study.space.baseline if config.published else None,
         finalists=_saved_finalists(study.run),
         test_metric=objective[0] if objective else None,
     )
+
+
+def _wall_seconds(run: RunDirectory) -> float | None:
+    """Time from the recipe to the last result; None when a pause between sessions would count as work."""
+    results = [path.stat().st_mtime for path in run.trials.glob("*/result.json")]
+    if not results or not run.environment.exists():
+        return None
+    started = run.environment.stat().st_mtime
+    resumed = run.recipe.stat().st_mtime - started > 5  # every session writes its recipe, the first one both
+    return None if resumed else max(results) - started
 
 
 def _row(trial: StoredTrial) -> TrialRow:
@@ -198,8 +207,8 @@ def _drop_weights(study: Study, keep: set[int]) -> None:
 def write_report_files(report: RunReport, run: RunDirectory) -> None:
     """``pareto.csv``, ``pareto.png`` and ``report.html`` in the run directory, each written whole or not at all."""
     from nas.report.html import write_html
-    from nas.report.plots import write_pareto_png
-    from nas.report.tables import write_pareto_csv
+    from nas.report.pareto_csv import write_pareto_csv
+    from nas.report.pareto_png import write_pareto_png
 
     write_pareto_csv(report, run.csv)
     write_pareto_png(report, run.png)

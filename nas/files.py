@@ -148,7 +148,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def canonical_json(data: Any) -> str:
     """One text for one JSON value: sorted keys, no spaces. Raises ValueError for NaN and infinities."""
     # Keys that are numbers become text first; sorting them as numbers would give another order after reading back.
-    plain = json.loads(json.dumps(data, allow_nan=False))
+    return _canonical(json.loads(json.dumps(data, allow_nan=False)))
+
+
+def _canonical(plain: Any) -> str:
+    """``canonical_json`` of what was read from JSON."""
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
@@ -167,7 +171,7 @@ def unseal(data: Any, where: str | os.PathLike[str]) -> dict[str, Any]:
     if _SEAL not in data:
         raise CorruptFile(where, "its checksum is missing")
     try:
-        digest = _digest(body)
+        digest = hashlib.sha256(_canonical(body).encode("ascii")).hexdigest()
     except (ValueError, TypeError, RecursionError):
         raise CorruptFile(where, "holds values that no record can have") from None
     if data[_SEAL] != digest:

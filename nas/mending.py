@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from nas.files import CorruptFile, unseal
-from nas.records import FINISHED, Records, StoredTrial, Suggestion, TrialResult
+from nas.records import FINISHED, ForeignRecord, Records, StoredTrial, Suggestion, TrialResult
 from nas.salvage import Salvage
 from nas.storage import keep_copy
 
@@ -113,11 +113,21 @@ def _how_many(records: Records, stored: int, picked: Sequence[int]) -> int:
         except (CorruptFile, OSError):
             continue
     for number in numbers:
-        if number == count and (
-            records.suggestion_path(number).exists() or records.result_path(number).exists()
-        ):
+        if number == count and _is_damaged(records, number):
             count += 1
     return count
+
+
+def _is_damaged(records: Records, number: int) -> bool:
+    try:
+        records.suggestion(number)
+    except ForeignRecord:
+        return False
+    except CorruptFile:
+        return True
+    except OSError:
+        return records.result_path(number).exists()
+    return False
 
 
 def _believe(

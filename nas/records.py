@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from nas.run_directory import RunDirectory
     from spaces import Architecture
 
-__all__ = ["FINISHED", "Records", "StoredTrial", "Suggestion", "TrialResult"]
+__all__ = ["FINISHED", "ForeignRecord", "Records", "StoredTrial", "Suggestion", "TrialResult"]
 
 FINISHED = ("complete", "pruned", "failed")
+
+
+class ForeignRecord(CorruptFile):
+    """The record is whole, and not what is looked for."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Records:
         path = self.suggestion_path(number)
         found = Suggestion.from_dict(read_record(path), path)
         if found.number != number or (self._token and found.run != self._token):
-            raise CorruptFile(path, "it belongs to another trial or another run")
+            raise ForeignRecord(path, "it belongs to another trial or another run")
         return found
 
     def result(self, number: int, key: str) -> TrialResult | None:
@@ -142,7 +146,7 @@ class Records:
         except FileNotFoundError:
             return None
         if data.get("key") != key or data.get("state") not in FINISHED:
-            raise CorruptFile(path, "it belongs to another architecture")
+            raise ForeignRecord(path, "it belongs to another architecture")
         return TrialResult.from_dict(data)
 
     def write_suggestion(self, trial: StoredTrial) -> None:

@@ -60,7 +60,8 @@ class RunDirectory:
 
     def holds_run(self) -> bool:
         """Whether a run was started here; its recipe may have been lost since, its study not yet made."""
-        return self.recipe.exists() or self.database.exists() or self.trials.is_dir()
+        parts = (self.environment.exists(), self.database.exists(), self.trials.is_dir())
+        return self.recipe.exists() or sum(parts) >= 2
 
     def is_empty(self) -> bool:
         """Whether no run is there yet: nothing, or only what is written before the recipe."""

@@ -32,8 +32,8 @@ from spaces import get_space
 if TYPE_CHECKING:
     from nas.executors import Executor
     from nas.recorded import Recorded
-    from nas.report.data import RunReport
     from nas.records import StoredTrial
+    from nas.report.data import RunReport
     from spaces import Architecture, SearchSpace
 
 __all__ = ["Session", "SessionObserver", "Stopped", "default_directory"]

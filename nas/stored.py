@@ -224,6 +224,10 @@ class StoredStudy:
         if not found.problems:
             self._add_what_lacks(run, found, space, objectives, identity)
         lines = list(found.problems)
+        if lines and local_file(self.url) is None:
+            raise UserMistake(
+                f"--storage: {lines[0]}; repair it on its server, or start another run with --out"
+            )
         told = (
             found.lost if found.problems else {n: why for n, why in found.lost.items() if n in found.absent}
         )

@@ -15,15 +15,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from nas.pareto import pareto_mask
-from nas.report.data import (
-    TrialRow,
-    format_count,
-    format_interval,
-    format_ms,
-    format_value,
-    one_line,
-)
-from nas.report.tables import abbreviate, candidate_line
+from nas.report.data import TrialRow
+from nas.report.formats import format_count, format_interval, format_ms, format_value, one_line
+from nas.report.tables import candidate_line
+from nas.report.words import abbreviate
 from nas.resolve import objectives_of
 
 if TYPE_CHECKING:

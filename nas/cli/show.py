@@ -29,7 +29,7 @@ def show(
 
     from nas.cli._arguments import run_and_trial
     from nas.errors import UserMistake
-    from nas.report.data import format_interval, format_seconds, format_value, one_line
+    from nas.report.formats import format_interval, format_seconds, format_value, one_line
 
     found, number = run_and_trial(words, run)
     if number is None:

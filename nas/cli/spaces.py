@@ -64,7 +64,7 @@ def _show(console: Console, space: SearchSpace) -> None:
     from rich.text import Text
 
     from nas.cli._view import count_text
-    from nas.report.tables import summarize
+    from nas.report.words import summarize
 
     console.print(Text(f"{space.name}: {count_text(space.cardinality())} architectures"), soft_wrap=True)
     if space.description:

@@ -4,7 +4,8 @@ Importing this package imports no torch; measuring does.
 """
 
 from nas.latency.gate import DeviceGate, GateTimeout
-from nas.latency.measure import InterleavedResult, LatencyResult, measure, measure_interleaved
+from nas.latency.measure import measure, measure_interleaved
+from nas.latency.result import InterleavedResult, LatencyResult
 from nas.latency.target import Target
 
 __all__ = [

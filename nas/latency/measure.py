@@ -8,30 +8,27 @@ thread when it is the only one and other work was seen to run on its core.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from nas.errors import UserMistake
+from nas.latency.result import InterleavedResult, LatencyResult
+from nas.latency.runner import Runner, Times, session
 from nas.latency.target import Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["InterleavedResult", "LatencyResult", "measure", "measure_interleaved", "median_interval"]
+__all__ = ["measure", "measure_interleaved", "median_interval"]
 
 CONTENDED_ABOVE = 1.05
 """Wall time over CPU time of a single-threaded call above which other work must have run on its core."""
 
-_INPUT_COPIES = 4
 _WARMUP_WINDOW = 5
 _WARMUP_SLOPE = 0.02
 _WARMUP_SECONDS = 0.1
@@ -39,99 +36,6 @@ _WARMUP_SHARE = 0.3
 _LEAST_SAMPLES = 3
 _LEAST_SECONDS = 0.25
 _VISIT_CALLS = 3
-_Result = TypeVar("_Result", "LatencyResult", "InterleavedResult")
-
-
-@dataclass(frozen=True)
-class LatencyResult:
-    """Latency of one call, in milliseconds.
-
-    Attributes:
-        target: text of the target; latencies of different targets are never compared.
-        clock: what the times are made of: ``wall``, ``events`` (CUDA) or ``cpu``. The last is the CPU time of the only
-            thread, taken when the core was contended: it comes close to the wall time on a machine left alone.
-        median_ms, low_ms, high_ms: median, and its 95 % interval from order statistics (samples taken close together
-            are not independent, so it speaks of this session and not of another day).
-        p90_ms: 90th percentile of the samples; to be trusted from 100 samples on.
-        samples: timed calls, after ``warmup_runs`` untimed ones.
-        precise: the half-width of the interval came within the precision asked for before the time was up.
-        drift: median of the last third over that of the first third of the samples; 1 when nothing drifted.
-        first_call_ms: the very first call (allocation, kernel choice, compilation), not among the samples.
-        wall_ms: median wall time on the host, on CUDA with waiting for the result.
-        cpu_ms: median CPU time; None unless the target is one CPU thread.
-        wall_cpu_ratio: ``wall_ms`` over ``cpu_ms``.
-        contended: that ratio is above 1.05, so something else ran on the core; None where it cannot be told.
-        threads: CPU threads used; None on CUDA.
-        seconds: what the measurement took, the first call included.
-    """
-
-    target: str
-    clock: str
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    p90_ms: float
-    samples: int
-    precise: bool
-    drift: float
-    first_call_ms: float
-    wall_ms: float
-    cpu_ms: float | None
-    wall_cpu_ratio: float | None
-    contended: bool | None
-    threads: int | None
-    warmup_runs: int
-    seconds: float
-    device_name: str
-    torch_version: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LatencyResult:
-        """The inverse of ``to_dict``. Raises ValueError for missing or unknown keys."""
-        return _from_dict(cls, data)
-
-
-@dataclass(frozen=True)
-class InterleavedResult:
-    """One model among several that were measured together.
-
-    Attributes:
-        target: text of the target.
-        reference: name of the model that the ratios refer to.
-        clock: what the times are made of, as in ``LatencyResult``; the same for all models.
-        median_ms, low_ms, high_ms: time of a call over all rounds, with its 95 % interval.
-        ratio, ratio_low, ratio_high: median, with its 95 % interval, of this model's time over the mean of the
-            reference's times just before and just after it; exactly 1 for the reference. Compare models by these.
-        rounds: visits to this model.
-        drift: median of the last third over that of the first third of its times.
-        contended: other work ran on the core; None where it cannot be told.
-    """
-
-    target: str
-    reference: str
-    clock: str
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    rounds: int
-    drift: float
-    contended: bool | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> InterleavedResult:
-        """The inverse of ``to_dict``. Raises ValueError for missing or unknown keys."""
-        return _from_dict(cls, data)
 
 
 def measure(
@@ -159,14 +63,14 @@ def measure(
         UserMistake: the target is not there, or the inputs are of another batch size.
     """
     _check(target, {"model": inputs}, max_seconds=max_seconds, precision=precision, min_samples=min_samples)
-    with _session(target, 1):
+    with session(target, 1):
         started = time.perf_counter()
-        runner = _Runner(model, inputs, target)
+        runner = Runner(model, inputs, target)
         first = runner()
         deadline = time.perf_counter() + max_seconds
         warmup = _warm_up(runner, max_seconds * _WARMUP_SHARE)
         earliest = time.perf_counter() + min(_LEAST_SECONDS, max_seconds / 4)
-        times: list[_Times] = []
+        times: list[Times] = []
         while not _enough(target, times, earliest, deadline, precision, min_samples):
             times.append(runner())
         seconds = time.perf_counter() - started
@@ -204,8 +108,8 @@ def measure_interleaved(
         reference = next(iter(models))
     if reference not in models:
         raise UserMistake(f"reference={reference!r} is not among the models: {', '.join(models)}")
-    with _session(target, len(models)):
-        runners = {name: _Runner(model, inputs, target) for name, (model, inputs) in models.items()}
+    with session(target, len(models)):
+        runners = {name: Runner(model, inputs, target) for name, (model, inputs) in models.items()}
         for runner in runners.values():
             runner()
             _warm_up(runner, 0.5)
@@ -223,121 +127,15 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return ordered[rank], ordered[len(ordered) - 1 - rank]
 
 
-class _Times(NamedTuple):
-    """One call, in milliseconds by each clock; NaN by a clock that the target does not have."""
-
-    wall: float
-    cpu: float
-    events: float
-
-
 class _Visit(NamedTuple):
     """One visit to a model within a round, with the reference's times on both sides (equal to its own for itself)."""
 
-    times: _Times
-    before: _Times
-    after: _Times
+    times: Times
+    before: Times
+    after: Times
 
 
-class _Runner:
-    """A private copy of a model, ready to be called with inputs that take turns; a call returns its times."""
-
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], target: Target):
-        import torch
-
-        device, dtype = target.torch_device(), target.torch_dtype()
-        prepared: Any = (
-            copy.deepcopy(model).eval().to(device=device, dtype=None if dtype == torch.float32 else dtype)
-        )
-        self._model = torch.compile(prepared) if target.compile else prepared
-        self._inputs = [[_like(x, number).to(device) for x in inputs] for number in range(_INPUT_COPIES)]
-        if dtype != torch.float32:
-            self._inputs = [
-                [x.to(dtype) if x.is_floating_point() else x for x in row] for row in self._inputs
-            ]
-        self._calls = 0
-        self._events = _events() if target.is_cuda else None
-
-    def __call__(self) -> _Times:
-        inputs = self._inputs[self._calls % _INPUT_COPIES]
-        self._calls += 1
-        if self._events is None:
-            cpu = time.thread_time_ns()
-            begun = time.perf_counter_ns()
-            self._model(*inputs)
-            wall = (time.perf_counter_ns() - begun) / 1e6
-            return _Times(wall, (time.thread_time_ns() - cpu) / 1e6, math.nan)
-        start, end = self._events
-        begun = time.perf_counter_ns()
-        start.record()
-        self._model(*inputs)
-        end.record()
-        end.synchronize()
-        wall = (time.perf_counter_ns() - begun) / 1e6
-        return _Times(wall, math.nan, start.elapsed_time(end))
-
-
-@contextlib.contextmanager
-def _session(target: Target, models: int) -> Iterator[None]:
-    """Threads, device, collector and compiler as the measurement needs them; everything is put back afterwards."""
-    import torch
-
-    threads = torch.get_num_threads()
-    collecting = gc.isenabled()
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)
-        if collecting:
-            stack.callback(gc.enable)
-        gc.disable()
-        if target.is_cuda:
-            stack.enter_context(torch.cuda.device(target.torch_device()))
-        else:
-            torch.set_num_threads(target.cpu_threads())
-        if target.compile:
-            stack.enter_context(_own_compilation(models))
-        stack.enter_context(torch.inference_mode())
-        yield
-
-
-@contextlib.contextmanager
-def _own_compilation(models: int) -> Iterator[None]:
-    """Compile each model for itself: after eight of one class torch would quietly run the ninth without compiling."""
-    import torch
-    import torch._dynamo.config as config
-
-    wanted = {"recompile_limit": models + 8, "cache_size_limit": models + 8}
-    refuse = {"fail_on_recompile_limit_hit": True, "fail_on_cache_limit_hit": True}
-    chosen = [
-        next({name: value} for name, value in pair.items() if hasattr(config, name))
-        for pair in (wanted, refuse)
-    ]
-    torch.compiler.reset()
-    with config.patch({**chosen[0], **chosen[1]}):
-        yield
-    torch.compiler.reset()
-
-
-def _like(x: Tensor, number: int) -> Tensor:
-    """The same values in another order; integers (token ids) within each row, so that paddings stay as many."""
-    import torch
-
-    generator = torch.Generator().manual_seed(number)
-    values = x.detach().cpu()
-    if x.dim() == 0 or x.dtype == torch.bool:
-        return values.clone()
-    if x.is_floating_point():
-        return values.flatten()[torch.randperm(values.numel(), generator=generator)].reshape(values.shape)
-    return values[..., torch.randperm(values.shape[-1], generator=generator)]
-
-
-def _events() -> tuple[Any, Any]:
-    import torch
-
-    event: Any = torch.cuda.Event
-    return event(enable_timing=True), event(enable_timing=True)
-
-
-def _warm_up(runner: _Runner, most_seconds: float) -> int:
+def _warm_up(runner: Runner, most_seconds: float) -> int:
     """Run until the last calls no longer get faster or slower, or the time is up; returns the number of calls."""
     begun = time.perf_counter()
     times: list[float] = []
@@ -357,7 +155,7 @@ def _relative_slope(times: Sequence[float]) -> float:
 
 def _enough(
     target: Target,
-    times: Sequence[_Times],
+    times: Sequence[Times],
     earliest: float,
     deadline: float,
     precision: float,
@@ -371,7 +169,7 @@ def _enough(
     return now >= deadline or (due and now >= earliest and _precise(target, times, precision, min_samples))
 
 
-def _precise(target: Target, times: Sequence[_Times], precision: float, min_samples: int) -> bool:
+def _precise(target: Target, times: Sequence[Times], precision: float, min_samples: int) -> bool:
     if len(times) < max(min_samples, 6):
         return False
     values = _by(_clock(target, times), times)
@@ -398,30 +196,30 @@ def _drift(times: Sequence[float]) -> float:
     return statistics.median(times[-third:]) / statistics.median(times[:third])
 
 
-def _wall_cpu_ratio(target: Target, times: Sequence[_Times]) -> float | None:
+def _wall_cpu_ratio(target: Target, times: Sequence[Times]) -> float | None:
     if target.is_cuda or target.cpu_threads() != 1:
         return None
     # Of medians, not of sums: a preempted call among many short ones does not make their median wrong.
     return statistics.median(_by("wall", times)) / max(statistics.median(_by("cpu", times)), 1e-9)
 
 
-def _contended(target: Target, times: Sequence[_Times]) -> bool | None:
+def _contended(target: Target, times: Sequence[Times]) -> bool | None:
     ratio = _wall_cpu_ratio(target, times)
     return None if ratio is None else ratio > CONTENDED_ABOVE
 
 
-def _clock(target: Target, times: Sequence[_Times]) -> str:
+def _clock(target: Target, times: Sequence[Times]) -> str:
     if target.is_cuda:
         return "events"
     return "cpu" if _contended(target, times) else "wall"
 
 
-def _by(clock: str, times: Sequence[_Times]) -> list[float]:
+def _by(clock: str, times: Sequence[Times]) -> list[float]:
     return [getattr(t, clock) for t in times]
 
 
 def _result(
-    target: Target, first: _Times, warmup: int, times: Sequence[_Times], seconds: float, precise: bool
+    target: Target, first: Times, warmup: int, times: Sequence[Times], seconds: float, precise: bool
 ) -> LatencyResult:
     import torch
 
@@ -463,7 +261,7 @@ def _device_name(target: Target) -> str:
 
 
 def _rounds(
-    runners: Mapping[str, _Runner], reference: str, rounds: int, max_seconds: float, rng: random.Random
+    runners: Mapping[str, Runner], reference: str, rounds: int, max_seconds: float, rng: random.Random
 ) -> dict[str, list[_Visit]]:
     visits: dict[str, list[_Visit]] = {name: [] for name in runners}
     others = [name for name in runners if name != reference]
@@ -483,11 +281,11 @@ def _rounds(
     return visits
 
 
-def _visit(runner: _Runner) -> _Times:
+def _visit(runner: Runner) -> Times:
     # The other model has just filled the caches; the first call brings the weights back as in steady use.
     runner()
     calls = [runner() for _ in range(_VISIT_CALLS)]
-    return _Times(*(statistics.median(column) for column in zip(*calls, strict=True)))
+    return Times(*(statistics.median(column) for column in zip(*calls, strict=True)))
 
 
 def _interleaved(
@@ -529,10 +327,3 @@ def _check(target: Target, inputs: Mapping[str, Sequence[Tensor]], **numbers: fl
                     f"inputs[{number}] of {name} has batch {tensor.shape[0]}, but target {str(target)!r} means "
                     f"{target.batch}; write the batch size into the target, as in cpu@{tensor.shape[0]}"
                 )
-
-
-def _from_dict(cls: type[_Result], data: Mapping[str, Any]) -> _Result:
-    names = {field.name for field in fields(cls)}
-    if wrong := sorted(names ^ data.keys()):
-        raise ValueError(f"{cls.__name__}: {', '.join(wrong)} missing or unknown")
-    return cls(**data)

@@ -14,18 +14,12 @@ from typing import Any
 import yaml
 
 from nas.files import atomic_write_text
-from nas.report.data import (
-    RunReport,
-    TrialRow,
-    as_number,
-    format_seconds,
-    format_value,
-    objective_label,
-    one_line,
-)
+from nas.report.data import RunReport, TrialRow
+from nas.report.formats import as_number, format_seconds, format_value, objective_label, one_line
 from nas.report.importance import Importance, importance_figure, parallel_figure, parameter_importance
 from nas.report.plots import curves_figure, front_figure
-from nas.report.tables import Column, interval_text, summarize, trial_columns
+from nas.report.tables import Column, interval_text, trial_columns
+from nas.report.words import summarize
 
 __all__ = ["render_html", "write_html"]
 

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.report.data import RunReport, TrialRow, as_number, format_value, objective_label, one_line
-from nas.report.plots import BASELINE, FRONT, PUBLISHED, focus, page_axis, page_layout, plain
+from nas.report.data import RunReport, TrialRow
+from nas.report.formats import as_number, format_value, objective_label, one_line
+from nas.report.picture import BASELINE, FRONT, PUBLISHED, focus
+from nas.report.plots import page_axis, page_layout, plain
 
 __all__ = ["MIN_TRIALS", "Importance", "importance_figure", "parallel_figure", "parameter_importance"]
 

@@ -1,17 +1,11 @@
-"""Terminal tables, the one-line form of a candidate, and ``pareto.csv``."""
+"""Terminal tables, and the one-line form of a candidate."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -19,10 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from nas.files import atomic_write_text
-from nas.report.data import (
-    RunReport,
-    TrialRow,
+from nas.report.data import RunReport, TrialRow
+from nas.report.formats import (
     as_number,
     format_count,
     format_interval,
@@ -32,97 +24,20 @@ from nas.report.data import (
     objective_label,
     one_line,
 )
+from nas.report.words import abbreviate, summarize
 
 __all__ = [
     "Column",
-    "abbreviate",
     "candidate_line",
     "failures_table",
     "finalists_table",
     "front_table",
     "interval_text",
     "latency_text",
-    "summarize",
     "trial_columns",
-    "write_pareto_csv",
 ]
 
-_INDEXED = re.compile(r"([^\d]*?)[_-]?(\d+)")
 _SHOWN = 20
-
-
-# -- architectures in a few words --------------------------------------------------------------------------------------
-
-
-def abbreviate(words: Iterable[str]) -> dict[str, str]:
-    """Long words -> their shortest prefix of at least four letters that no other of ``words`` shares.
-
-    Give every word that may occur, so that one prefix never stands for two of them.
-    """
-    known = sorted(set(words))
-    short = {}
-    for word in known:
-        if len(word) <= 6:
-            continue
-        others = [other for other in known if other != word]
-        lengths = (n for n in range(4, len(word)) if not any(other.startswith(word[:n]) for other in others))
-        short[word] = word[: next(lengths, len(word))]
-    return short
-
-
-def _label_parts(key: str) -> tuple[tuple[str, bool], ...]:
-    """``layer0.attention`` -> ((layer, indexed), (attention, plain))."""
-    parts = []
-    for segment in key.split("."):
-        match = _INDEXED.fullmatch(segment)
-        parts.append((match[1], True) if match else (segment, False))
-    return tuple(parts)
-
-
-def _labels(templates: Iterable[tuple[tuple[str, bool], ...]]) -> dict[tuple[tuple[str, bool], ...], str]:
-    """The shortest label of each group that no other group has."""
-    known = list(templates)
-    short = {t: ".".join(stem for stem, indexed in t if not indexed) or t[-1][0] for t in known}
-    full = {t: ".".join(stem for stem, _ in t if stem) for t in known}
-    uses, full_uses = Counter(short.values()), Counter(full.values())
-    labels = {}
-    for template in known:
-        unique = uses[short[template]] == 1 and bool(short[template])
-        star = "*" if full_uses[full[template]] > 1 and any(indexed for _, indexed in template) else ""
-        labels[template] = short[template] if unique else f"{full[template]}{star}"
-    return labels
-
-
-def _value_text(value: Any, short: Mapping[str, str]) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return one_line(short.get(value, value) if isinstance(value, str) else value)
-
-
-def summarize(architecture: Mapping[str, Any], short: Mapping[str, str] | None = None) -> str:
-    """A flat architecture in a few words: ``embed=64 attention=cosf,soft,soft ffn=128×6``.
-
-    Parameters that differ only in numbers (layer0.ffn, layer1.ffn) become one list in their order, a value that
-    occurs three times or more in a row is written once with its count. ``short`` (from ``abbreviate``) replaces
-    long words.
-    """
-    groups: dict[tuple[tuple[str, bool], ...], list[str]] = defaultdict(list)
-    for key, value in architecture.items():
-        groups[_label_parts(key)].append(_value_text(value, short or {}))
-    labels = _labels(groups)
-    return " ".join(
-        f"{one_line(labels[template])}={_run_lengths(texts)}" for template, texts in groups.items()
-    )
-
-
-def _run_lengths(texts: Sequence[str]) -> str:
-    parts: list[str] = []
-    for text, run in groupby(texts):
-        count = len(list(run))
-        parts.extend([f"{text}×{count}"] if count > 2 else [text] * count)
-    return ",".join(parts)
 
 
 def _short_words(report: RunReport) -> dict[str, str]:
@@ -365,61 +280,3 @@ def failures_table(report: RunReport) -> Table:
         trials = ", ".join(f"#{number}" for number in numbers[:3]) + (" …" if len(numbers) > 3 else "")
         table.add_row(str(len(numbers)), Text(kind), trials, Text(one_line(reason, 300)))
     return table
-
-
-# -- pareto.csv --------------------------------------------------------------------------------------------------------
-
-
-def write_pareto_csv(report: RunReport, path: Path) -> None:
-    """Write every complete trial to ``path``, one row each, with its architecture as JSON in the last column.
-
-    Latencies are in milliseconds. Text that a spreadsheet would run as a formula gets a leading apostrophe.
-    """
-    rows = sorted(report.in_state("complete"), key=lambda row: row.number)
-    front = {row.number for row in report.front()}
-    tests = sorted({name for row in rows for name in (report.finalist(row).get("test") or row.test_metrics)})
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    objectives = [name for name, _ in report.objectives]
-    header = [
-        "trial",
-        "name",
-        "on_front",
-        *objectives,
-        "latency_median_ms",
-        "latency_low_ms",
-        "latency_high_ms",
-    ]
-    header += [
-        "latency_precise",
-        "params",
-        "macs",
-        *(f"test_{name}" for name in tests),
-        "seconds",
-        "seed",
-        "key",
-    ]
-    writer.writerow([_cell(name) for name in [*header, "architecture"]])
-    for row in rows:
-        latency = row.latency or {}
-        found = report.finalist(row).get("test") or row.test_metrics
-        cells = [
-            row.number,
-            row.name,
-            int(row.number in front),
-            *(row.values.get(name) for name in objectives),
-        ]
-        cells += [latency.get(name) for name in ("median_ms", "low_ms", "high_ms", "precise")]
-        cells += [row.metrics.get("params"), row.metrics.get("macs"), *(found.get(name) for name in tests)]
-        cells += [row.seconds, row.seed, row.key, json.dumps(row.architecture)]
-        writer.writerow([_cell(cell) for cell in cells])
-    atomic_write_text(path, buffer.getvalue())
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, str):
-        text = "".join(char if char.isprintable() else " " for char in value)
-        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
-    if value is None or isinstance(value, bool):
-        return "" if value is None else int(value)
-    return value

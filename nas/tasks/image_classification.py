@@ -20,7 +20,8 @@ from nas.errors import TrialFailure, UserMistake
 from nas.tasks import register_task
 from nas.tasks.base import Batch, Objective, Split, Task
 from nas.tasks.cache import default_cache_dir
-from nas.tasks.image_data import ImageData, Part, load_images
+from nas.tasks.image_data import ImageData, load_images
+from nas.tasks.image_sources.base import Part
 from spaces.signature import ImageSignature
 
 __all__ = ["Augmentation", "ImageClassification", "cut_splits", "stratified"]

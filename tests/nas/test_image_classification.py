@@ -589,14 +589,14 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     with pytest.raises(UserMistake, match=r"'ant/huge\.png' of x\.tar cannot be decoded \(.*pixels"):
         load(write_tar(tmp_path / "x.tar", [("ant/huge.png", huge)]), tmp_path / "cache")
-    monkeypatch.setattr("nas.tasks.image_data._MIN_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr("nas.tasks.image_sources.compressed._MIN_UNPACKED_BYTES", 1 << 20)
     swollen = tmp_path / "swollen.tar.xz"
     swollen.write_bytes(
         lzma.compress(write_tar(tmp_path / "y.tar", [("ant/zeros.txt", bytes(8 << 20))]).read_bytes())
     )
     with pytest.raises(UserMistake, match=r"it swells to more than 200 times its size"):
         load(swollen, tmp_path / "cache")
-    monkeypatch.setattr("nas.tasks.image_data._MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr("nas.tasks.image_sources.base._MAX_IMAGE_BYTES", 100)
     with pytest.raises(UserMistake, match=r"is larger than \d+ MiB; shrink or remove it"):
         load(write_folder(tmp_path / "data", corpus({"": 3})), tmp_path / "cache")
 
@@ -645,7 +645,7 @@ def test_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = corpus({"": 3})
     data, cache = write_folder(tmp_path / "data", images), tmp_path / "cache"
     load(data, cache)
-    monkeypatch.setattr("nas.tasks.image_data._opened", None)
+    monkeypatch.setattr("nas.tasks.image_decoding._opened", None)
     check(load(data, cache), images, {"train": ""})
     monkeypatch.undo()
     images["", "ant"][0] ^= 255

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from nas.environment import usable_cpus
 from nas.errors import UserMistake
 from nas.latency import InterleavedResult, LatencyResult, Target, measure, measure_interleaved
-from nas.latency.measure import _clock, _like, _relative_slope, _Times, median_interval
+from nas.latency.measure import _clock, _relative_slope, median_interval
+from nas.latency.runner import Times as _Times
+from nas.latency.runner import _like
 
 ONE = Target.parse("cpu:1")
 

@@ -35,7 +35,7 @@ from nas.report import (
     write_pareto_csv,
     write_pareto_png,
 )
-from nas.report.data import (
+from nas.report.formats import (
     as_number,
     format_count,
     format_interval,
@@ -47,8 +47,10 @@ from nas.report.data import (
 )
 from nas.report.html import render_html
 from nas.report.importance import importance_figure, parallel_figure, parameter_importance
-from nas.report.plots import curves_figure, focus, front_figure
-from nas.report.tables import abbreviate, summarize, trial_columns
+from nas.report.picture import focus
+from nas.report.plots import curves_figure, front_figure
+from nas.report.tables import trial_columns
+from nas.report.words import abbreviate, summarize
 
 ACCURACY, LATENCY, PARAMS = ("accuracy", "maximize"), ("latency_ms", "minimize"), ("params", "minimize")
 MARKUP = "</script><script>alert('x')</script><img src=\"http://evil.example/\"> &"

@@ -1,0 +1,1 @@
+"""Where labelled images come from: one module for each kind of source, giving the samples one by one."""
