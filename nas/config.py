@@ -85,7 +85,7 @@ class SearchConfig(_Model):
     target: str | None = Field(
         None, description="where latency counts, such as cpu:1 or cuda+bf16; the device by default"
     )
-    trials: int = Field(32, ge=1, le=1_000_000)
+    trials: int = Field(30, ge=1, le=1_000_000)
     time_budget: float | None = Field(None, description="seconds, or 90s, 3m, 1h; no new candidate after it")
     epochs: int | None = Field(None, ge=1)
     training: TrainingOptions = Field(default_factory=lambda: TrainingOptions.model_validate({}))

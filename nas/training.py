@@ -274,8 +274,10 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
             f"training: unknown optimizer={config.optimizer!r}{nearest(config.optimizer, known)}; "
             f"known: {', '.join(known)}"
         )
+    # One kernel instead of a dozen small operations for each parameter: for small models a tenth of a step.
+    fused = {"fused": True} if config.optimizer in ("adam", "adamw") else {}
     optimizer: Optimizer = timm_optim.create_optimizer_v2(
-        model, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
+        model, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **fused
     )
     return optimizer
 

@@ -33,7 +33,7 @@ def search(
     target: str | None = typer.Option(
         None, help="Where latency counts: cpu:THREADS, cuda, cuda+bf16; the device by default."
     ),
-    trials: int | None = typer.Option(None, help="How many candidates (default 32)."),
+    trials: int | None = typer.Option(None, help="How many candidates (default 30)."),
     time_budget: str | None = typer.Option(None, help="No new candidate after this time: 90s, 3m, 1h."),
     controller: str | None = typer.Option(
         None, help="What proposes: tpe (default), nsga2, evolution, local_search, random."

@@ -124,7 +124,7 @@ class ImageClassification(Task):
         self.augment = self._chosen(augment)
         self._noise = _NOISE if digits and augment != "none" else 0.0
         self._mean, self._deviation = _statistics(self._splits["train"])
-        self.default_epochs = 12 if digits else 10
+        self.default_epochs = 11 if digits else 10
         self.default_batch_size = 32 if digits else 128
         self.default_learning_rate = 3e-3 if digits else 1e-3
 

@@ -39,7 +39,10 @@ def test_acquiring_twice_is_no_conflict_with_oneself(tmp_path: Path) -> None:
         run.require_lock()
 
 
-def test_the_lock_of_a_dead_process_is_free_and_its_name_is_not_repeated(tmp_path: Path) -> None:
+def test_the_lock_of_a_dead_process_is_free_and_its_name_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.run_directory._OWNER_SECONDS", 0.1)
     code = (
         "import os, sys; from pathlib import Path; from nas.run_directory import RunDirectory; "
         "run = RunDirectory(Path(sys.argv[1])); run.acquire(); os.kill(os.getpid(), 9)"

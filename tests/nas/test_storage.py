@@ -196,7 +196,7 @@ def test_foreign_writers_are_kept_out_and_waited_for(tmp_path: Path) -> None:
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     with pytest.raises(subprocess.TimeoutExpired):
-        waiting.wait(timeout=1.5)
+        waiting.wait(timeout=0.7)
     theirs.release()
     assert waiting.communicate(timeout=60)[0] == "mine\n"
 

@@ -30,15 +30,16 @@ from tests.nas.toys.runs import (
 )
 
 
-@pytest.fixture(params=["sqlite", "journal", "server"])
+@pytest.fixture(params=["sqlite", "journal"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    """The run's own database, a journal, and a database that is not known to be a file: as on a server."""
-    if request.param == "server":
-        return f"sqlite+pysqlite:///{tmp_path}/server.db"
+    """The run's own database, and a journal."""
     return f"journal:{tmp_path}/journal" if request.param == "journal" else None
 
 
-def test_what_was_recorded_is_read_again(tmp_path: Path, url: str | None) -> None:
+@pytest.mark.parametrize("place", [None, "journal:{}/journal", "sqlite+pysqlite:///{}/server.db"])
+def test_what_was_recorded_is_read_again(tmp_path: Path, place: str | None) -> None:
+    """The last of these places is a database that is not known to be a file, as on a server."""
+    url = place.format(tmp_path) if place else None
     run = made_run(tmp_path / "run", url, [*STATES, "waiting", "running"])
     study, lines = opened(run, url)
     try:
@@ -268,7 +269,9 @@ def test_a_damaged_server_is_not_rebuilt_behind_its_owner(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("moment", ["study", "half", "nothing"])
-def test_killed_while_the_study_was_made(tmp_path: Path, url: str | None, moment: str) -> None:
+@pytest.mark.parametrize("place", [None, "journal:{}/journal", "sqlite+pysqlite:///{}/server.db"])
+def test_killed_while_the_study_was_made(tmp_path: Path, place: str | None, moment: str) -> None:
+    url = place.format(tmp_path) if place else None
     from nas.storage import close_storage, open_storage
     from nas.stored import make_study
 

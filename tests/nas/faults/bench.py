@@ -186,6 +186,38 @@ class Bench:
         assert sum(now.values()) <= self.trials + kills, now
 
 
+class Driver:
+    """A driver that a zygote started. Its output goes to the log of its bench."""
+
+    def __init__(self, zygote: Zygote, bench: Bench, pid: int):
+        self.pid = pid
+        self._zygote = zygote
+        self._bench = bench
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def finish(self, seconds: float = 60) -> tuple[int, str]:
+        """Exit code (minus the signal) and everything that was printed, once it has ended."""
+        status: list[int] = []
+
+        def ended() -> bool:
+            found = self._zygote.ask({"do": "wait", "pid": self.pid})["status"]
+            status.extend([] if found is None else [found])
+            return bool(status)
+
+        try:
+            wait_until(ended, seconds, "the end of the driver")
+        except AssertionError:
+            os.kill(self.pid, signal.SIGKILL)
+            raise
+        return status[0], self.text()
+
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self._bench.log.read_text() if self._bench.log.exists() else ""
+
+
 class Zygote:
     """Runs drivers of benches without importing everything anew; see ``zygote.py``."""
 
@@ -202,24 +234,44 @@ class Zygote:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
-    def run(
-        self, bench: Bench, kill_at: int | None = None, *, report: bool = False, names: Path | None = None
-    ) -> int:
-        """Exit code of one driver, minus the signal that ended it. Its output is appended to ``bench.log``."""
+    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one order."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def start(
+        self,
+        bench: Bench,
+        kill_at: int | None = None,
+        *,
+        report: bool = False,
+        names: Path | None = None,
+        handles: int | None = None,
+        obey: bool = False,
+        arguments: list[str] | None = None,
+    ) -> Driver:
+        """Start a driver. Without ``report`` it leaves the files of the report out; ``handles`` limits its open files;
+        ``obey`` lets file permissions hold for root too."""
         order = {
-            "arguments": bench.arguments(),
+            "do": "start",
+            "arguments": arguments or bench.arguments(),
             "environment": bench.environment(),
             "log": str(bench.log),
             "kill_at": kill_at,
             "names": str(names) if names else None,
             "plain_report": not report,
+            "handles": handles,
+            "obey": obey,
         }
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        self._process.stdout.readline()
-        return int(json.loads(self._process.stdout.readline())["status"])
+        return Driver(self, bench, self.ask(order)["pid"])
+
+    def run(self, bench: Bench, kill_at: int | None = None, **options: Any) -> int:
+        """Exit code of one driver, minus the signal that ended it."""
+        return self.start(bench, kill_at, **options).finish(120)[0]
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -94,7 +94,7 @@ def check_told(lines: list[str], path: Path) -> None:
     assert all("\n" not in line for line in lines)
 
 
-@pytest.mark.parametrize("step", [101, pytest.param(5, marks=SLOW)])
+@pytest.mark.parametrize("step", [173, pytest.param(5, marks=SLOW)])
 @pytest.mark.parametrize(
     "name", ["trials/0/architecture.json", "trials/3/result.json", "trials/2/result.json"]
 )
@@ -114,7 +114,7 @@ def test_records_of_a_trial(original: Original, name: str, step: int) -> None:
             told += 1
             check_told(lines, path)
             assert path.with_name(f"{path.name}.damaged-1").read_bytes() == data
-    assert told > 5
+    assert told > 3
 
 
 def test_record_and_row_of_different_trials_damaged(original: Original) -> None:
@@ -156,7 +156,7 @@ def test_both_copies_of_one_trial_damaged(original: Original, caplog: pytest.Log
     assert summary(again) == others
 
 
-@pytest.mark.parametrize("step", [211, pytest.param(5, marks=SLOW)])
+@pytest.mark.parametrize("step", [499, pytest.param(5, marks=SLOW)])
 def test_environment(original: Original, step: int, caplog: pytest.LogCaptureFixture) -> None:
     path = original.run.environment
     whole = (original.folder / "kept" / "environment.json").read_bytes()
@@ -172,7 +172,7 @@ def test_environment(original: Original, step: int, caplog: pytest.LogCaptureFix
         assert read_record(path) == facts
 
 
-@pytest.mark.parametrize("step", [97, pytest.param(9, marks=SLOW)])
+@pytest.mark.parametrize("step", [307, pytest.param(9, marks=SLOW)])
 def test_recipe(original: Original, step: int) -> None:
     """A recipe that cannot be used is put back. One that says something else could be a person's wish: it is told, or
     refused where it would change what results mean, and ``nas doctor --repair`` puts the original back."""
@@ -199,7 +199,7 @@ def test_recipe(original: Original, step: int) -> None:
         assert read_recorded(run).config == original.config
         assert lines or data.split() == original.recipe.split() or read_recorded(run).damage == {}
         assert repair(run.path) == []
-    assert outcomes["told"] > 3
+    assert outcomes["told"] > 1
     assert outcomes["refused"] > 0 or step > 50
 
 
@@ -228,7 +228,7 @@ def test_finalists(original: Original, caplog: pytest.LogCaptureFixture) -> None
     write_record(run.finalists, {"finalists": [{"number": 0, "median_ms": 1.5}]})
     whole = run.finalists.read_bytes()
     assert read_run(run.path).report().finalists == [{"number": 0, "median_ms": 1.5}]
-    for data in damages(whole, 7):
+    for data in damages(whole, 41):
         run.finalists.write_bytes(data)
         caplog.clear()
         found = read_run(run.path).report().finalists
@@ -281,7 +281,7 @@ def test_the_command_itself_goes_on(
     bench = Bench(tmp_path, trials=4)
     assert drivers.run(bench) == 0
     (bench.out / name).write_bytes(data)
-    code, text = bench.nas("report", str(bench.out)) if name != "trials/1/result.json" else (0, "")
+    code, text = drivers.start(bench, report=True, arguments=["report", str(bench.out)]).finish()
     assert code == 0, text
     assert "Traceback" not in text
     before, recorded = bench.evaluations(), bench.recorded()
@@ -299,7 +299,9 @@ def test_the_command_itself_goes_on(
 def test_a_setting_that_changes_the_meaning_of_results_is_refused(original: Original) -> None:
     run = original.restore()
     run.recipe.write_text(run.recipe.read_text().replace("seed: 0", "seed: 1"))
-    text = r"recipe\.yaml: differs from what the run was started with \(seed: 0 -> 1\); .* 'nas doctor --repair "
+    text = (
+        r"recipe\.yaml: differs from what the run was started with \(seed: 0 -> 1\); .* 'nas doctor --repair "
+    )
     with pytest.raises(UserMistake, match=text):
         original.resume()
     assert read_run(run.path).config.seed == 0

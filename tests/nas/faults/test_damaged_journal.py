@@ -64,10 +64,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Original:
     return Original(tmp_path_factory.mktemp("journal"))
 
 
-def test_every_cut_of_the_last_record(original: Original) -> None:
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_cut_of_the_last_record(original: Original, step: int) -> None:
     whole = original.bytes
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for cut in range(last, len(whole)):
+    for cut in [*range(last, len(whole), step), len(whole) - 1]:
         run = original.restore(whole[:cut])
         original.check(run, again=cut % 16 == 0)
         torn = original.journal.with_name("study.journal.torn-1")
@@ -80,8 +81,8 @@ def test_any_number_of_records_cut_off(original: Original) -> None:
     """A machine that loses its power can lose more than the last record."""
     whole = original.bytes
     starts = [0, *(index + 1 for index, byte in enumerate(whole[:-1]) if byte == ord("\n"))]
-    for start in starts:
-        for cut in {start, start + 1, start + 40}:
+    for start in starts[::2]:
+        for cut in {start, start + 40}:
             run = original.restore(whole[:cut])
             original.check(run)
 
@@ -90,7 +91,7 @@ def flipped(data: bytes, position: int, bit: int) -> bytes:
     return data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :]
 
 
-@pytest.mark.parametrize("step", [211, pytest.param(7, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("step", [499, pytest.param(7, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_flipped_bits(original: Original, step: int) -> None:
     mended = 0
     for position in range(0, len(original.bytes), step):
@@ -104,7 +105,7 @@ def test_flipped_bits(original: Original, step: int) -> None:
             mended += 1
             assert original.journal.with_name("study.journal.damaged-1").read_bytes() == data
             assert all(len(line) < 400 and "\n" not in line for line in lines)
-    assert mended > 10
+    assert mended > 5
 
 
 @pytest.mark.parametrize(

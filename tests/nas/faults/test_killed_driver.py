@@ -41,7 +41,7 @@ def test_driver_killed_at_some_durable_steps(
 ) -> None:
     count = len(moments(drivers, tmp_path / "names", storage))
     assert count > 50
-    for moment in range(5, count, count // 4):
+    for moment in range(5, count, count // 3):
         kill_and_resume(drivers, Bench(tmp_path / str(moment), storage), moment, expected)
 
 
@@ -145,7 +145,7 @@ def test_worker_killed_at_durable_steps(
     assert {sum(bench.evaluations().values()) for _, bench, _ in found} == {6, 7}
 
 
-@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+@pytest.mark.parametrize("storage", ["sqlite", pytest.param("journal", marks=pytest.mark.slow)])
 def test_real_command_killed_in_the_middle(expected: Expected, tmp_path: Path, storage: str) -> None:
     """No zygote: the command itself, killed while its third candidate runs."""
     bench = Bench(tmp_path, storage, seconds=0.3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import resource
 import shutil
 from pathlib import Path
@@ -15,14 +13,10 @@ from tests.nas.faults.bench import Bench, Zygote, wait_until
 Expected = dict[str, dict[str, float]]
 
 
-def handles(limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-
-
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_64_file_handles_mean_fewer_workers(drivers: Zygote, tmp_path: Path, storage: str) -> None:
     bench = Bench(tmp_path, storage, workers=16)
-    code, text = bench.run(preexec_fn=lambda: handles(64))
+    code, text = drivers.start(bench, handles=64, report=True).finish()
     assert code == 0, text
     assert "Traceback" not in text
     assert [trial.state for trial in bench.stored()] == ["complete"] * bench.trials
@@ -32,10 +26,10 @@ def test_64_file_handles_mean_fewer_workers(drivers: Zygote, tmp_path: Path, sto
     bench.check_no_orphans()
 
 
-@pytest.mark.parametrize("limit", [32, 20])
+@pytest.mark.parametrize("limit", [32, pytest.param(20, marks=pytest.mark.slow)])
 def test_too_few_file_handles_are_a_clear_refusal(tmp_path: Path, limit: int) -> None:
     bench = Bench(tmp_path)
-    code, text = bench.run(preexec_fn=lambda: handles(limit))
+    code, text = bench.run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
     assert code == 2, text
     assert len(text.strip().splitlines()) == 1, text
     assert f"of {limit} file handles are free" in text
@@ -44,14 +38,14 @@ def test_too_few_file_handles_are_a_clear_refusal(tmp_path: Path, limit: int) ->
 
 
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
-def test_directory_deleted_during_the_run(tmp_path: Path, storage: str) -> None:
+def test_directory_deleted_during_the_run(drivers: Zygote, tmp_path: Path, storage: str) -> None:
     bench = Bench(tmp_path, storage, seconds=0.3)
-    process = bench.start()
+    process = drivers.start(bench)
     wait_until(lambda: sum(bench.evaluations().values()) >= 2, 60, "the second evaluation")
     shutil.rmtree(bench.out, ignore_errors=True)
     shutil.rmtree(bench.out, ignore_errors=True)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, text
+    code, text = process.finish()
+    assert code == 1, text
     last = text.strip().splitlines()[-1]
     assert last.startswith("error: "), text
     assert "cannot be written: " in last
@@ -66,12 +60,12 @@ def test_storage_deleted_during_the_run(
     drivers: Zygote, expected: Expected, tmp_path: Path, storage: str
 ) -> None:
     bench = Bench(tmp_path, storage, seconds=0.3)
-    process = bench.start()
+    process = drivers.start(bench)
     wait_until(lambda: sum(bench.evaluations().values()) >= 2, 60, "the second evaluation")
     for suffix in ("", "-wal", "-shm"):
         Path(f"{bench.study_file}{suffix}").unlink(missing_ok=True)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, text
+    code, text = process.finish()
+    assert code == 1, text
     assert "cannot be written: " in text.strip().splitlines()[-1]
     assert not bench.study_file.exists(), "it was made again"
     bench.check_no_orphans()
@@ -80,14 +74,6 @@ def test_storage_deleted_during_the_run(
     assert drivers.run(bench) == 0, bench.log.read_text()
     bench.check_finished(expected)
     bench.check_evaluations(before, recorded, kills=1)
-
-
-def obey_permissions() -> None:
-    """Take from root what lets it write anywhere (CAP_DAC_OVERRIDE), for this process and those it starts."""
-    if os.geteuid() == 0:
-        bounding_set_drop, dac_override = 24, 1
-        if ctypes.CDLL(None, use_errno=True).prctl(bounding_set_drop, dac_override, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "this root cannot give up its powers")
 
 
 def change_modes(bench: Bench, folders: int, files: int) -> None:
@@ -101,14 +87,14 @@ def test_directory_made_read_only_during_the_run(
     drivers: Zygote, expected: Expected, tmp_path: Path, storage: str
 ) -> None:
     bench = Bench(tmp_path, storage, seconds=0.4)
-    process = bench.start(preexec_fn=obey_permissions)
+    process = drivers.start(bench, obey=True)
     wait_until(lambda: sum(bench.evaluations().values()) >= 2, 60, "the second evaluation")
     change_modes(bench, 0o555, 0o444)
     try:
-        text, _ = process.communicate(timeout=60)
+        code, text = process.finish()
     finally:
         change_modes(bench, 0o777, 0o666)
-    assert process.returncode == 1, text
+    assert code == 1, text
     assert "cannot be written: " in text.strip().splitlines()[-1], text
     assert "Traceback" not in text
     bench.check_no_orphans()
@@ -120,12 +106,12 @@ def test_directory_made_read_only_during_the_run(
 
 
 @pytest.mark.parametrize("place", ["read-only/run", "file/run", "file"])
-def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+def test_a_place_that_cannot_be_written(drivers: Zygote, tmp_path: Path, place: str) -> None:
     (tmp_path / "read-only").mkdir(mode=0o555)
     (tmp_path / "file").write_text("")
     bench = Bench(tmp_path)
     bench.out = tmp_path / place
-    code, text = bench.run(preexec_fn=obey_permissions)
+    code, text = drivers.start(bench, obey=True).finish()
     assert code == 2, text
     assert len(text.strip().splitlines()) == 1, text
     assert "directory" in text

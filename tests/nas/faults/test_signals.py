@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.nas.faults.bench import Bench, Zygote, wait_until
+from tests.nas.faults.bench import Bench, Driver, Zygote, wait_until
 
 Expected = dict[str, dict[str, float]]
 EVALUATORS = "tests.nas.faults.evaluators"
 
 
-def started(bench: Bench, evaluations: int) -> subprocess.Popen[str]:
-    process = bench.start()
+def started(drivers: Zygote, bench: Bench, evaluations: int) -> Driver:
+    process = drivers.start(bench, report=True)
     wait_until(lambda: sum(bench.evaluations().values()) >= evaluations, 60, "the first evaluations")
     return process
-
-
-def finish(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
-    text, _ = process.communicate(timeout=seconds)
-    return process.returncode, text
 
 
 @pytest.mark.parametrize(
@@ -33,10 +27,10 @@ def test_one_signal_parks_what_runs(
     drivers: Zygote, expected: Expected, tmp_path: Path, number: signal.Signals, storage: str
 ) -> None:
     bench = Bench(tmp_path, storage, evaluator=f"{EVALUATORS}:never_ends", workers=2)
-    process = started(bench, 4)
+    process = started(drivers, bench, 4)
     began = time.monotonic()
     process.send_signal(number)
-    code, text = finish(process, 30)
+    code, text = process.finish(30)
     assert time.monotonic() - began < 10, text
     assert code == 128 + number
     assert text.strip().splitlines()[-1] == f"stopped by {number.name}; go on with: nas resume {bench.out}"
@@ -44,15 +38,13 @@ def test_one_signal_parks_what_runs(
     trials = bench.stored()
     assert [trial.state for trial in trials] == ["complete", "complete", "waiting", "waiting"]
     assert {trial.interruptions for trial in trials} == {0}
-    bench.evaluator = f"{EVALUATORS}:never_ends"
-    assert "waiting" in text
 
 
 def test_resumed_after_a_signal(drivers: Zygote, expected: Expected, tmp_path: Path) -> None:
     bench = Bench(tmp_path, seconds=0.3)
-    process = started(bench, 3)
+    process = started(drivers, bench, 3)
     process.send_signal(signal.SIGINT)
-    code, text = finish(process, 30)
+    code, text = process.finish(30)
     assert code == 130, text
     before, recorded = bench.evaluations(), bench.recorded()
     bench.seconds = 0
@@ -63,12 +55,12 @@ def test_resumed_after_a_signal(drivers: Zygote, expected: Expected, tmp_path: P
 
 def test_second_signal_ends_at_once(drivers: Zygote, expected: Expected, tmp_path: Path) -> None:
     bench = Bench(tmp_path, seconds=0.5)
-    process = started(bench, 3)
+    process = started(drivers, bench, 3)
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    code, text = finish(process, 30)
+    code, text = process.finish(30)
     assert time.monotonic() - began < 5
     assert code == 130
     assert "Traceback" not in text
@@ -85,13 +77,11 @@ def test_signal_while_the_run_is_being_set_up(
     drivers: Zygote, expected: Expected, tmp_path: Path, delay: float
 ) -> None:
     bench = Bench(tmp_path)
-    process = bench.start()
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    assert first.startswith("space"), first
+    process = drivers.start(bench)
+    wait_until(lambda: "space" in process.text(), 60, "the first line")
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
-    code, text = finish(process, 30)
+    code, text = process.finish(30)
     assert code == 130, text
     assert "Traceback" not in text
     assert "stopped by SIGINT" in text.strip().splitlines()[-1]
@@ -100,15 +90,16 @@ def test_signal_while_the_run_is_being_set_up(
     bench.check_finished(expected)
 
 
+@pytest.mark.slow
 def test_signal_before_the_run_directory_is_made_leaves_nothing(tmp_path: Path) -> None:
     """As early as the command can be told: a traceback would be as wrong as a half-made directory."""
-    for delay in (0.15, 0.3, 0.45):
+    for delay in (0.15, 0.3, 0.45, 0.6, 0.9):
         bench = Bench(tmp_path / str(delay))
         process = bench.start()
         time.sleep(delay)
         process.send_signal(signal.SIGTERM)
-        code, text = finish(process, 30)
-        assert code in (-signal.SIGTERM, 143), (code, text)
+        text, _ = process.communicate(timeout=30)
+        assert process.returncode in (-signal.SIGTERM, 143), (process.returncode, text)
         assert "Traceback" not in text
         bench.check_no_orphans()
         assert not bench.out.exists() or (bench.out / "recipe.yaml").exists()

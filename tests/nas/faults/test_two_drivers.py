@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import socket
@@ -14,14 +15,22 @@ from tests.nas.faults.bench import Bench, Zygote, wait_until
 Expected = dict[str, dict[str, float]]
 
 
-def race(bench: Bench) -> tuple[str, str]:
+def race(bench: Bench, drivers: Zygote | None = None) -> tuple[str, str]:
     """Start the same command twice at the same moment; the output of the one that worked and of the other."""
-    both = [bench.start(), bench.start()]
-    texts = [process.communicate(timeout=90)[0] for process in both]
-    codes = [process.returncode for process in both]
+    if drivers is not None:
+        other = copy.copy(bench)
+        other.log = bench.folder / "output of the other"
+        pair = [drivers.start(bench), drivers.start(other)]
+        codes, texts = zip(*(process.finish() for process in pair), strict=True)
+        pids = [process.pid for process in pair]
+    else:
+        both = [bench.start(), bench.start()]
+        texts = tuple(process.communicate(timeout=90)[0] for process in both)
+        codes = tuple(process.returncode for process in both)
+        pids = [process.pid for process in both]
     assert sorted(codes) == [0, 2], f"{codes}:\n{texts[0]}\n{texts[1]}"
     winner = codes.index(0)
-    assert f"PID {both[winner].pid}," in texts[1 - winner], texts[1 - winner]
+    assert f"PID {pids[winner]}," in texts[1 - winner], texts[1 - winner]
     return texts[winner], texts[1 - winner]
 
 
@@ -41,7 +50,7 @@ def test_started_together_on_a_new_directory(
 ) -> None:
     for number in range(rounds):
         bench = Bench(tmp_path / str(number), "journal" if number % 2 else "sqlite", seconds=0.3)
-        _, refused = race(bench)
+        _, refused = race(bench, drivers if rounds == 1 else None)
         check_refusal(bench, refused)
         bench.check_finished(expected)
         assert sum(bench.evaluations().values()) == bench.trials
@@ -56,7 +65,8 @@ def test_started_together_on_an_existing_one(
         bench = Bench(tmp_path / str(number), "journal" if number % 2 else "sqlite", trials=2)
         assert drivers.run(bench) == 0
         bench.trials, bench.seconds = 6, 0.4
-        _, refused = race(bench)
+        bench.log.unlink()
+        _, refused = race(bench, drivers if rounds == 1 else None)
         check_refusal(bench, refused)
         bench.check_finished(expected)
         assert sum(bench.evaluations().values()) == bench.trials
@@ -66,16 +76,17 @@ def test_second_driver_while_the_first_works_or_is_paused(
     drivers: Zygote, expected: Expected, tmp_path: Path
 ) -> None:
     bench = Bench(tmp_path, seconds=1.0)
-    first = bench.start()
+    first = drivers.start(bench)
     wait_until(lambda: sum(bench.evaluations().values()) >= 1, 60, "the first evaluation")
     os.kill(first.pid, 19)
-    assert drivers.run(bench) == 2
-    check_refusal(bench, bench.log.read_text())
-    assert f"PID {first.pid}," in bench.log.read_text()
+    second = copy.copy(bench)
+    second.log = tmp_path / "output of the other"
+    assert drivers.run(second) == 2
+    check_refusal(bench, second.log.read_text())
+    assert f"PID {first.pid}," in second.log.read_text()
     os.kill(first.pid, 18)
-    (tmp_path / "output").unlink()
-    first.kill()
-    first.communicate()
+    os.kill(first.pid, 9)
+    first.finish()
     bench.seconds = 0
     assert drivers.run(bench) == 0, bench.log.read_text()
     bench.check_finished(expected)

@@ -1,14 +1,17 @@
 """Starts drivers quickly: everything is imported once, then each driver is a forked process of its own.
 
-Reads one JSON order per line: {"arguments": [...], "environment": {...}, "log": FILE, "kill_at": N | null,
-"names": FILE | null, "plain_report": bool} and answers {"pid": ...} and then {"status": exit code or minus signal}.
+Reads one JSON order per line. {"do": "start", "arguments": [...], "environment": {...}, "log": FILE, "kill_at": N or
+null, "names": FILE or null, "plain_report": bool, "handles": N or null, "obey": bool} is answered by {"pid": ...},
+and {"do": "wait", "pid": ...} by {"status": exit code, minus the signal, or null while it runs}.
 A killed driver is killed for good, its workers are real processes; only the second of imports is saved.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -22,12 +25,14 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _drive(order)
-        print(json.dumps({"pid": pid}), flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+        if order["do"] == "start":
+            pid = os.fork()
+            if pid == 0:
+                _drive(order)
+            print(json.dumps({"pid": pid}), flush=True)
+        else:
+            pid, status = os.waitpid(order["pid"], os.WNOHANG)
+            print(json.dumps({"status": os.waitstatus_to_exitcode(status) if pid else None}), flush=True)
 
 
 def _warm_up() -> None:
@@ -51,6 +56,24 @@ def _warm_up() -> None:
     os.close(stdout)
 
 
+def obey_permissions() -> None:
+    """Take from root what lets it read and write anywhere, for this process and those it starts."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the capability sets, of this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, for capabilities 0-31 and 32-63
+    dac_override, dac_read_search, bounding_set_drop = 1, 2, 24
+    failed = libc.capget(header, sets)
+    for place in range(3):
+        sets[place] &= ~(1 << dac_override | 1 << dac_read_search)
+    failed |= libc.capset(header, sets)
+    for capability in (dac_override, dac_read_search):
+        failed |= libc.prctl(bounding_set_drop, capability, 0, 0, 0)
+    if failed:
+        raise OSError(ctypes.get_errno(), "this root cannot give up its powers")
+
+
 def _drive(order: dict[str, Any]) -> None:
     code = 70
     try:
@@ -61,14 +84,18 @@ def _drive(order: dict[str, Any]) -> None:
         os.dup2(log, 2)
         os.close(log)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        if order.get("plain_report"):
+        if order["handles"] is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (order["handles"], order["handles"]))
+        if order["obey"]:
+            obey_permissions()
+        if order["plain_report"]:
             import nas.conclude
 
             nas.conclude.write_report_files = lambda report, run: None
-        if order.get("kill_at") is not None:
+        if order["kill_at"] is not None:
             from tests.nas.faults.killer import Killer
 
-            Killer(order["kill_at"], order.get("names")).install()
+            Killer(order["kill_at"], order["names"]).install()
         from nas.cli.main import main as nas
 
         nas(order["arguments"])
