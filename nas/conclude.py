@@ -55,7 +55,7 @@ def conclude(
             if judged is not None:
                 write_record(study.run.finalists, {"finalists": judged})
         if config.keep_weights == "front":
-            _drop_weights(study, {row.number for row in chosen})
+            _drop_weights(study, {row.number for row in [*report.front(), *chosen]})
         report = build_report(study, config, facts)
     watcher.concluding("writing the report")
     write_report_files(report, study.run)
@@ -136,7 +136,9 @@ def _saved_finalists(run: RunDirectory) -> list[dict[str, Any]] | None:
 
 def _already_judged(run: RunDirectory, chosen: list[TrialRow]) -> bool:
     saved = _saved_finalists(run)
-    return saved is not None and {entry["number"] for entry in saved} == {row.number for row in chosen}
+    if saved is None or any(entry.get("test") is None for entry in saved):
+        return False
+    return {entry["number"] for entry in saved} == {row.number for row in chosen}
 
 
 def _judge(
@@ -160,13 +162,21 @@ def _judge(
             "weights_sha256": result.weights_sha256 if result else None,
         }
         tests[row.number] = executor.submit(
-            "nas.trial:finalist_metrics", payload, tag=f"test of trial {row.number}"
+            "nas.trial:finalist_metrics",
+            payload,
+            time_limit=config.trial_timeout,
+            tag=f"test of trial {row.number}",
         )
     architectures = {str(row.number): row.architecture for row in chosen}
     if not _finish(list(tests.values()), stopping):
         return None
     payload = {**shared, "architectures": architectures, "reference": str(base.number)}
-    timed = executor.submit("nas.trial:finalists_latency", payload, tag="latency of the finalists")
+    timed = executor.submit(
+        "nas.trial:finalists_latency",
+        payload,
+        time_limit=config.trial_timeout,
+        tag="latency of the finalists",
+    )
     if not _finish([timed], stopping):
         return None
     latencies = timed.result()

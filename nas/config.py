@@ -89,7 +89,7 @@ class SearchConfig(_Model):
     time_budget: float | None = Field(None, description="seconds, or 90s, 3m, 1h; no new candidate after it")
     epochs: int | None = Field(None, ge=1)
     training: TrainingOptions = Field(default_factory=lambda: TrainingOptions.model_validate({}))
-    pruner: Literal["median", "successive_halving", "hyperband", "none"] = "median"
+    pruner: Literal["median", "successive_halving", "none"] = "median"
     latency_budget: float | None = Field(
         None, gt=0, description="milliseconds; a slower candidate is not trained"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nas.errors import RunStopped, SpaceExhausted
+from nas.errors import RunStopped, SpaceExhausted, UserMistake
 from nas.study import StoredTrial, Study, TrialResult
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ class Search:
 
     def _replay_curve(self, trial: StoredTrial, result: TrialResult) -> None:
         curve = {int(point["epoch"]): float(point["quality"]) for point in result.curve if "quality" in point}
-        if curve:
-            costs = self._known_costs({**result.metrics, **_latency_metric(result.latency)})
+        costs = self._known_costs({**result.metrics, **_latency_metric(result.latency)})
+        if curve and len(costs) >= len(self.study.objectives) - 1:
             self.pruner.replay(trial.number, costs, curve, complete=result.state == "complete")
 
     # -- asking ----------------------------------------------------------------------------------------------------
@@ -159,23 +160,33 @@ class Search:
             "objectives": [list(objective) for objective in self.study.objectives],
         }
         self.observer.started(trial)
-        future = self.executor.submit(
-            "nas.trial:run_trial",
-            payload,
-            on_event=lambda event: self._on_event(trial, event),
-            time_limit=self.config.trial_timeout,
-            tag=f"trial {trial.number}",
-        )
+        try:
+            future = self.executor.submit(
+                "nas.trial:run_trial",
+                payload,
+                on_event=lambda event: self._on_event(trial, event),
+                time_limit=self.config.trial_timeout,
+                tag=f"trial {trial.number}",
+            )
+        except BaseException:  # Ctrl-C in a job of this very process, an executor that was closed
+            self.study.park(trial)
+            raise
         self._running[future] = trial
 
     def _on_event(self, trial: StoredTrial, event: dict[str, Any]) -> dict[str, Any] | None:
         """Runs in a thread of the executor."""
         self.observer.stage(trial, event)
         if event["stage"] == "begun":
-            self.pruner.start(trial.number, self._known_costs(event))
+            self._start_pruning(trial, event)
         if event["stage"] == "report":
             return {"stop": self.pruner.should_stop(trial.number, event["epoch"], event["quality"])}
         return None
+
+    def _start_pruning(self, trial: StoredTrial, metrics: dict[str, Any]) -> None:
+        """Early stopping is fair only when every objective but the one of the curve is known before training."""
+        costs = self._known_costs(metrics)
+        if len(costs) >= len(self.study.objectives) - 1:
+            self.pruner.start(trial.number, costs)
 
     def _known_costs(self, metrics: dict[str, Any]) -> list[float]:
         """The objectives that do not depend on training, as costs."""
@@ -192,6 +203,9 @@ class Search:
         if outcome.failure is not None and outcome.failure.kind == "interrupted":
             self.study.park(trial)
             return
+        if outcome.value is not None and "mistake" in outcome.value:
+            self.study.park(trial)
+            raise UserMistake(outcome.value["mistake"])
         if outcome.value is not None:
             result = TrialResult.from_dict(outcome.value)
         else:
@@ -245,8 +259,8 @@ class Search:
             return
         self.executor.close(kill=True)
         for future, trial in list(self._running.items()):
-            outcome = future.result()
-            self._finish(trial, outcome)
+            with contextlib.suppress(RunStopped, UserMistake):  # the first of them is on its way already
+                self._finish(trial, future.result())
         self._running.clear()
 
 

@@ -23,7 +23,7 @@ class CurvePruner:
     """Decides on learning curves (epoch -> quality, more is better) with one of Optuna's pruners.
 
     Args:
-        name: median, successive_halving, hyperband or none.
+        name: median, successive_halving or none.
         max_epochs: the last step of a full evaluation.
         startup: finished curves that must exist among a candidate's rivals before it may be stopped.
     """
@@ -33,6 +33,7 @@ class CurvePruner:
 
         self._pruner = _make_pruner(name, max_epochs, startup)
         self._startup = startup
+        self._has_memory = name == "successive_halving"  # it notes each trial's rungs as it decides
         self._study = _comparable_study(optuna.storages.InMemoryStorage())
         self._ids: dict[int, int] = {}
         self._costs: dict[int, tuple[float, ...]] = {}
@@ -51,6 +52,8 @@ class CurvePruner:
     def should_stop(self, number: int, epoch: int, quality: float) -> bool:
         """Record the quality of a started trial after ``epoch`` and decide. Safe to call from several threads."""
         with self._lock:
+            if number not in self._ids:
+                return False
             trial_id = self._ids[number]
             self._study._storage.set_trial_intermediate_value(trial_id, epoch, quality)
             if self._pruner is None:
@@ -81,7 +84,10 @@ class CurvePruner:
         """Tell a finished trial of an earlier session, epoch by epoch, as it happened."""
         self.start(number, costs)
         for epoch in sorted(curve):
-            self.should_stop(number, epoch, curve[epoch])
+            if self._has_memory:
+                self.should_stop(number, epoch, curve[epoch])
+            else:
+                self._study._storage.set_trial_intermediate_value(self._ids[number], epoch, curve[epoch])
         self.finish(number, complete=complete)
 
     def _no_costlier(self, other: int, number: int) -> bool:
@@ -99,7 +105,6 @@ def _comparable_study(storage: Any) -> Any:
             found = super().get_trials(deepcopy=deepcopy, states=states)
             return [trial for trial in found if trial._trial_id in self.comparable]
 
-    # Hyperband takes a trial's bracket from the name of its study, so a random name would undo determinism.
     study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], study_name="curves")
     study = ComparableStudy(storage.get_study_name_from_id(study_id), storage)
     study.comparable = set()
@@ -116,6 +121,4 @@ def _make_pruner(name: str, max_epochs: int, startup: int) -> BasePruner | None:
         return pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=max(1, max_epochs // 4))
     if name == "successive_halving":
         return pruners.SuccessiveHalvingPruner(min_resource=smallest, reduction_factor=3)
-    if name == "hyperband":
-        return pruners.HyperbandPruner(min_resource=smallest, max_resource=max_epochs, reduction_factor=3)
-    raise ValueError(f"unknown pruner {name!r}; known: median, successive_halving, hyperband, none")
+    raise ValueError(f"unknown pruner {name!r}; known: median, successive_halving, none")

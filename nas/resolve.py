@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.config import SearchConfig
+from nas.environment import usable_cpus
 from nas.errors import UserMistake
+from nas.storage import local_file
 
 if TYPE_CHECKING:
     from nas.pareto import Direction
@@ -25,15 +28,16 @@ MAX_AUTOMATIC_WORKERS = 4
 
 
 def resolve(config: SearchConfig) -> SearchConfig:
-    """Fill in the target, the workers and the memory limit, and check the device and the target.
+    """Fill in the target and the workers, make paths absolute, and check the device and the target.
 
     Raises UserMistake when a device or target does not exist here.
     """
     from nas.latency.target import Target
 
     changes: dict[str, Any] = {}
-    if config.device.startswith("cuda"):
-        Target.parse(config.device).check()
+    device = Target.parse(config.device) if config.device.startswith("cuda") else None
+    if device is not None and device.device == config.device:
+        device.check()
     elif config.device != "cpu":
         raise UserMistake(f"--device {config.device}: must be cpu, cuda or cuda:N; see 'nas doctor'")
     target = Target.parse(config.target or ("cpu:1" if config.device == "cpu" else config.device))
@@ -41,12 +45,9 @@ def resolve(config: SearchConfig) -> SearchConfig:
     changes["target"] = str(target)
     workers = config.workers or _automatic_workers(config)
     changes["workers"] = workers
-    if config.memory_limit is None:
-        import psutil
-
-        changes["memory_limit"] = int(psutil.virtual_memory().total * 0.8 / workers)
     for key in ("space", "evaluator", "data"):
         changes[key] = _absolute(getattr(config, key))
+    changes["storage"] = _absolute_storage(config.storage)
     if ":" in config.evaluator and config.objectives is None:
         raise UserMistake(
             f"--evaluator {config.evaluator}: name what it returns, such as --objective score:maximize"
@@ -57,7 +58,7 @@ def resolve(config: SearchConfig) -> SearchConfig:
 def _automatic_workers(config: SearchConfig) -> int:
     if config.device != "cpu":
         return 1
-    return max(1, min(MAX_AUTOMATIC_WORKERS, os.cpu_count() or 1))
+    return min(MAX_AUTOMATIC_WORKERS, usable_cpus())
 
 
 def _absolute(text: str | None) -> str | None:
@@ -65,9 +66,16 @@ def _absolute(text: str | None) -> str | None:
     if text is None:
         return None
     path, separator, attribute = text.rpartition(":") if ".py:" in text else (text, "", "")
-    if not os.path.exists(path) or (separator == "" and os.sep not in path and not path.startswith(".")):
+    if not os.path.exists(path):
         return text
     return f"{Path(path).resolve()}{separator}{attribute}"
+
+
+def _absolute_storage(url: str | None) -> str | None:
+    path = local_file(url) if url is not None else None
+    if url is None or path is None:
+        return url
+    return url[: url.index(":")] + (":" if url.startswith("journal:") else ":///") + str(path.resolve())
 
 
 def objectives_of(config: SearchConfig, task_objective: list[str] | None) -> list[tuple[str, Direction]]:
@@ -88,6 +96,8 @@ def changed_keys(given: Mapping[str, Any], recorded: SearchConfig) -> list[str]:
         old, new = recorded.dump()[key], asked[key]
         if key in ("space", "evaluator", "data"):
             new = _absolute(new)
+        if key == "storage":
+            new = _absolute_storage(new)
         if key == "target" and new is not None:
             from nas.latency.target import Target
 
@@ -97,13 +107,18 @@ def changed_keys(given: Mapping[str, Any], recorded: SearchConfig) -> list[str]:
     return changes
 
 
-def probe_architectures(space: SearchSpace, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Architectures to size a space by: all numbers at their low end, some samples, all numbers at their high end."""
+def probe_architectures(space: SearchSpace, seed: int) -> list[dict[str, Any]]:
+    """Architectures to size a space by: its two corners where they are allowed, published variants, samples."""
     import random
 
+    from spaces import ArchitectureError
+
     rng = random.Random(f"probe:{seed}")
-    found = {"smallest": [_corner(space, low=True)], "typical": [space.sample(rng) for _ in range(9)]}
-    return {**found, "largest": [_corner(space, low=False)]}
+    found = [*space.published.values(), *(space.sample(rng) for _ in range(9))]
+    for low in (True, False):
+        with contextlib.suppress(ArchitectureError):  # a constraint excludes the corner
+            found.append(_corner(space, low=low))
+    return found
 
 
 def _corner(space: SearchSpace, *, low: bool) -> dict[str, Any]:
@@ -113,7 +128,9 @@ def _corner(space: SearchSpace, *, low: bool) -> dict[str, Any]:
     for name, parameter in space.parameters.items():
         if isinstance(parameter, (Int, Float)):
             architecture[name] = parameter.low if low else parameter.high
-        elif isinstance(parameter, Choice) and (numbers := [v for v in parameter.values if type(v) in (int, float)]):
+        elif isinstance(parameter, Choice) and (
+            numbers := [v for v in parameter.values if type(v) in (int, float)]
+        ):
             architecture[name] = min(numbers) if low else max(numbers)  # type: ignore[type-var]  # just filtered
         else:
             architecture[name] = parameter.default

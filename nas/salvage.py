@@ -101,6 +101,8 @@ def _rows(connection: sqlite3.Connection, table: str, identifier: str) -> Iterat
             errors += 1
             last += 1
             continue
+        except UnicodeError:  # SQLite quotes the damaged definition of a table, and Python cannot decode that
+            return
         if row is None or not isinstance(row[0], int):
             return
         last, errors = row[0], 0

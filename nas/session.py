@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nas.conclude import conclude
 from nas.config import SearchConfig, to_yaml
 from nas.controllers import make_controller
-from nas.environment import describe_environment
+from nas.environment import describe_environment, usable_cpus
 from nas.errors import RunStopped, UserMistake
 from nas.executors import LocalExecutor
 from nas.files import atomic_write_text
@@ -28,6 +27,7 @@ from nas.resolve import CHANGEABLE, changed_keys, objectives_of, probe_architect
 from nas.run_directory import RunDirectory
 from nas.study import Study
 from spaces import get_space
+from spaces.loading import load_object
 
 if TYPE_CHECKING:
     from nas.executors import Executor
@@ -135,7 +135,13 @@ class Session:
         executor = self._make_executor(config)
         space = self._space or get_space(config.space, task=config.task)
         make_controller(config.controller, space, ["minimize"], config.seed, **config.controller_options)
-        facts: dict[str, Any] = {"objective": None, "candidates": {}, "task": {}, "epochs": 1}
+        _check_evaluator(config.evaluator)
+        facts: dict[str, Any] = {
+            "objective": None,
+            "candidates": {},
+            "task": {},
+            "epochs": config.epochs or 1,
+        }
         if ":" not in config.evaluator:
             facts = self._probe(executor, config, space)
         objectives = objectives_of(config, facts["objective"])
@@ -167,6 +173,8 @@ class Session:
         space = self._space or get_space(config.space, task=config.task)
         objectives = objectives_of(config, None)
         study, mended = Study.open(self.run_directory, space, objectives, config.dump(), recorded.facts)
+        if line := _other_machine(recorded.facts or {}):
+            self.observer.note(line)
         for line in [*put_back(self.run_directory, recorded), *mended]:
             self.observer.note(line)
         if changed := edits(recorded.config, study.started_config()):
@@ -174,15 +182,17 @@ class Session:
             self.observer.note(f"{self.run_directory.recipe} was changed since the last session: {texts}")
         study.adopt(config.dump())
         atomic_write_text(self.run_directory.recipe, to_yaml(config))
-        return _SetUp(config, space, study, recorded.facts or {"candidates": {}, "epochs": config.epochs or 1})
+        return _SetUp(
+            config, space, study, recorded.facts or {"candidates": {}, "epochs": config.epochs or 1}
+        )
 
     def _make_executor(self, config: SearchConfig) -> Executor:
         if self._executor is None:
             model = ":" not in config.evaluator
-            environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (config.workers or 1)))}
+            environment = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // (config.workers or 1)))}
             executor = LocalExecutor(
                 config.workers or 1,
-                memory_limit_bytes=config.memory_limit,
+                memory_limit_bytes=config.memory_limit or _share_of_memory(config.workers or 1),
                 retries=config.retries,
                 log_directory=None,
                 environment=environment,
@@ -229,6 +239,36 @@ class Session:
         started = time.monotonic()
         self._search.run(_first_architectures(space, config))
         logger.info("searched for %.1f s", time.monotonic() - started)
+
+
+def _other_machine(facts: Mapping[str, Any]) -> str:
+    """A warning when latencies of two machines would meet in one front; "" when it is the same machine."""
+    before, now = (facts.get("environment") or {}).get("cpu"), describe_environment()["cpu"]
+    if not before or before.get("model") == now["model"]:
+        return ""
+    return (
+        f"this run was started on {before.get('model')}, this is {now['model']}: "
+        "latencies measured here cannot be compared with the earlier ones"
+    )
+
+
+def _share_of_memory(workers: int) -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total * 0.8 / workers)
+
+
+def _check_evaluator(name: str) -> None:
+    """Raises UserMistake now for what would otherwise fail every candidate."""
+    if name.startswith("script:"):
+        return
+    if ":" in name:
+        load_object(name)
+    else:
+        from nas.evaluators import EVALUATORS
+
+        if name not in EVALUATORS.names():
+            EVALUATORS.get(name)
 
 
 def _first_architectures(space: SearchSpace, config: SearchConfig) -> list[tuple[str, Architecture]]:

@@ -234,7 +234,7 @@ def close_storage(storage: BaseStorage, url: str) -> None:
     if path is None or not path.exists():
         return
     # Somebody who reads it now keeps the log alive; then the next driver, or SQLite itself, folds it in.
-    with contextlib.suppress(sqlite3.Error):
+    with contextlib.suppress(sqlite3.Error, UnicodeError):
         connection = sqlite3.connect(_uri(path), uri=True, timeout=0)
         try:
             connection.execute("PRAGMA journal_mode = DELETE")

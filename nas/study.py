@@ -104,7 +104,7 @@ class Study:
         run.require_lock()
         url = cls.url(run, config.get("storage"))
         token = str((facts or {}).get("run") or uuid.uuid4().hex)
-        with stop_on_error(url):
+        with stop_on_error(f"the study in {run.path}"):
             stored = StoredStudy(run, url, reading=False)
             if stored.broken or stored.identity is not None:
                 raise UserMistake(
@@ -131,7 +131,7 @@ class Study:
         """
         run.require_lock()
         url = cls.url(run, config.get("storage"))
-        with stop_on_error(url):
+        with stop_on_error(f"the study in {run.path}"):
             stored = StoredStudy(run, url, reading=False)
             token = stored.token(run, facts) or uuid.uuid4().hex
             before = stored.identity or {"config": config, "facts": {}}

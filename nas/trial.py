@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nas.errors import TrialFailure, UserMistake
+from nas.environment import usable_cpus
+from nas.errors import TrialFailure, UserMistake, nearest
 from nas.export import describe_signature
 from nas.files import CorruptFile, read_record, write_record
 
@@ -44,17 +45,17 @@ def run_trial(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Evaluate one candidate; the result is also left, sealed, in ``payload["directory"]``.
 
     ``payload``: number, key, architecture, seed, directory, config (``SearchConfig.dump()``), objectives (pairs of
-    name and direction).
-    Returns the dict form of ``nas.study.TrialResult``. Raises TrialFailure for what concerns this candidate alone.
+    name and direction). Returns the dict form of ``nas.study.TrialResult``, or ``{"mistake": text}`` for what
+    concerns the whole run. Raises TrialFailure for what concerns this candidate alone.
     """
     started = time.perf_counter()
     config = payload["config"]
     if (saved := _saved(payload)) is not None:
         return saved
-    if ":" in config["evaluator"]:
-        result = _call_function(payload, channel)
-    else:
-        result = _evaluate_model(payload, channel)
+    try:
+        result = (_call_function if ":" in config["evaluator"] else _evaluate_model)(payload, channel)
+    except UserMistake as mistake:  # it concerns the whole run: nothing is recorded against this candidate
+        return {"mistake": str(mistake)}
     result["seconds"] = time.perf_counter() - started
     result.setdefault("weights_sha256", None)
     if result["state"] == "complete":
@@ -136,7 +137,7 @@ def _call_function(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     channel.event({"stage": "begun"})
     offered = {"report": report, "seed": payload["seed"], "directory": payload["directory"]}
     accepted = inspect.signature(function).parameters
-    metrics = dict(
+    metrics = _plain(
         function(payload["architecture"], **{name: offered[name] for name in offered if name in accepted})
     )
     result: dict[str, Any] = {"state": "complete", "metrics": metrics, "latency": None, "curve": curve.points}
@@ -159,6 +160,11 @@ def _function(name: str) -> Callable[..., Mapping[str, float]]:
     return found
 
 
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Scalars of numpy and torch as Python's own numbers."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+
+
 def _stopped(result: dict[str, Any], reason: str, kind: str = "pruned") -> dict[str, Any]:
     return {**result, "state": "pruned", "failure": {"kind": kind, "reason": reason, "log_tail": ""}}
 
@@ -175,7 +181,7 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
 
     config = payload["config"]
     directory = Path(payload["directory"])
-    task, target, device = _task(config), _target(config), torch.device(config["device"])
+    target, device = _target(config), torch.device(config["device"])
     gate = DeviceGate(str(device))
     result: dict[str, Any] = {
         "state": "complete",
@@ -186,6 +192,7 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
     }
     torch.set_num_threads(_training_threads(config))
     with gate.shared():
+        task = _task(config)
         torch.manual_seed(payload["seed"])
         model = _space(config).build(payload["architecture"], task.signature)
         result["metrics"].update(_count(model, task))
@@ -212,9 +219,7 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
 
 def _training_threads(config: Mapping[str, Any]) -> int:
     """Cores shared evenly among the workers, at least one each."""
-    import os
-
-    return max(1, (os.cpu_count() or 1) // int(config["workers"]))
+    return max(1, usable_cpus() // int(config["workers"]))
 
 
 def _count(model: Any, task: Task) -> dict[str, Any]:
@@ -258,9 +263,8 @@ def _measure(model: Any, task: Task, target: Target, seconds: float = 1.5) -> di
 def probe(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """What a space is on this task and target: facts of the task, and the size of three of its architectures.
 
-    ``payload``: config, architectures (label -> list of architectures; of several, the one with the median number
-    of parameters stands for the label). A user's mistake comes back as ``{"mistake": text}``, because it concerns
-    the whole run.
+    ``payload``: config, architectures, of which those with the fewest, the median and the most parameters are
+    counted and measured. A user's mistake comes back as ``{"mistake": text}``, because it concerns the whole run.
     """
     config = payload["config"]
     try:
@@ -272,30 +276,43 @@ def probe(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
             "epochs": config["epochs"] or task.default_epochs,
             "candidates": {},
         }
-        for label, architectures in payload["architectures"].items():
-            described["candidates"][label] = found = _probe_candidate(config, task, architectures)
+        by_size = sorted(payload["architectures"], key=lambda architecture: _size(config, task, architecture))
+        chosen = {"smallest": by_size[0], "typical": by_size[len(by_size) // 2], "largest": by_size[-1]}
+        for label, architecture in chosen.items():
+            described["candidates"][label] = found = _probe_candidate(config, task, architecture)
             channel.event({"stage": "probed", "label": label, **found})
+        _check_objectives(config, task)
         return described
     except UserMistake as mistake:
         return {"mistake": str(mistake)}
 
 
-def _probe_candidate(
-    config: Mapping[str, Any], task: Task, architectures: list[Architecture]
-) -> dict[str, Any]:
+def _size(config: Mapping[str, Any], task: Task, architecture: Architecture) -> int:
     import torch
 
-    space = _space(config)
-    sizes = []
-    for architecture in architectures:
-        with torch.device("meta"):
-            skeleton = space.build(architecture, task.signature)
-        sizes.append(sum(parameter.numel() for parameter in skeleton.parameters()))
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    chosen = architectures[order[len(order) // 2]]
-    model = space.build(chosen, task.signature)
+    with torch.device("meta"):
+        skeleton = _space(config).build(architecture, task.signature)
+    return sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def _probe_candidate(config: Mapping[str, Any], task: Task, architecture: Architecture) -> dict[str, Any]:
+    model = _space(config).build(architecture, task.signature)
     latency = _measure(model, task, _target(config), seconds=0.5)
-    return {"architecture": chosen, **_count(model.cpu(), task), "latency": latency}
+    return {"architecture": architecture, **_count(model.cpu(), task), "latency": latency}
+
+
+def _check_objectives(config: Mapping[str, Any], task: Task) -> None:
+    """Raises UserMistake for an objective that no candidate could have, before one is trained for nothing."""
+    if config["objectives"] is None or config["evaluator"] != "train":
+        return
+    known = {task.objective.name, "loss", "perplexity", "latency_ms", "params", "macs"}
+    names = ", ".join(sorted(known))
+    for text in config["objectives"]:
+        name = text.partition(":")[0]
+        if name not in known:
+            raise UserMistake(
+                f"--objective {text}: {name!r} is not measured here{nearest(name, known)}; known: {names}"
+            )
 
 
 def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
@@ -305,6 +322,7 @@ def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any
     """
     import torch
 
+    from nas.latency import DeviceGate
     from nas.weights import load_weights
 
     config = payload["config"]
@@ -313,7 +331,8 @@ def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any
     torch.set_num_threads(_training_threads(config))
     model = _space(config).build(payload["architecture"], task.signature)
     load_weights(model, Path(payload["directory"]) / "weights.safetensors", sha256=payload["weights_sha256"])
-    return {"metrics": task.evaluate(model.to(device), "test", device)}
+    with DeviceGate(str(device)).shared():
+        return {"metrics": task.evaluate(model.to(device), "test", device)}
 
 
 def finalists_latency(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:

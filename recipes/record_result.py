@@ -1,7 +1,7 @@
 """Summarise a finished run as JSON with hardware and versions, and copy its picture.
 
-    nas search --recipe recipes/digits.yaml --out runs/digits
-    python recipes/record_result.py runs/digits recipes/results/digits.json --command "nas search ..." --picture
+nas search --recipe recipes/digits.yaml --out runs/digits
+python recipes/record_result.py runs/digits recipes/results/digits.json --command "nas search ..." --picture
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def summarise(run: Path, command: str) -> dict[str, Any]:
     """The facts of a run that its README figures need."""
     report = nas.read_run(run).report()
     members = {row.number for row in report.front()}
-    best_test = max((report.test_value(row) or 0.0 for row in report.front()), default=None)
+    name, direction = report.objectives[0]
+    sign = 1 if direction == "maximize" else -1
+    best = max(report.front(), key=lambda row: sign * row.values[name], default=None)
     return {
         "command": command,
         "verdict": report.verdict(),
@@ -31,7 +33,7 @@ def summarise(run: Path, command: str) -> dict[str, Any]:
         "space": report.space,
         "task": report.task_description,
         "target": report.target,
-        "best_test_value_on_the_front": best_test,
+        "test_value_of_the_best_by_validation": report.test_value(best) if best else None,
         "test_metric": report.test_metric,
         "baseline": report.baseline,
         "finalists": report.finalists,
@@ -58,13 +60,17 @@ def summarise(run: Path, command: str) -> dict[str, Any]:
 
 def _wall_seconds(log: Path) -> float | None:
     """From the first to the last line of the run's log; None when there are not two."""
-    stamps = re.findall(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})", log.read_text(encoding="utf-8"), re.MULTILINE)
+    stamps = re.findall(
+        r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})", log.read_text(encoding="utf-8"), re.MULTILINE
+    )
     times = [datetime.fromisoformat(f"{day}.{milliseconds}000") for day, milliseconds in stamps]
     return (times[-1] - times[0]).total_seconds() if len(times) > 1 else None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--command", required=True, help="the command that made the run")

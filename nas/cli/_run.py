@@ -31,7 +31,8 @@ def run_session(out: Path, given: Mapping[str, Any]) -> None:
     report: RunReport | None = None
     handler = _LateFileHandler(session.run_directory.log)
     logging.getLogger("nas").addHandler(handler)
-    logging.getLogger("nas").setLevel(logging.INFO)
+    if not os.environ.get("NAS_DEBUG"):
+        logging.getLogger("nas").setLevel(logging.INFO)
     try:
         report = session.run(given)
     except Stopped:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+from nas.errors import SpaceError
 from nas.pareto import pareto_mask
 from nas.report.data import TrialRow
 from nas.report.formats import format_count, format_interval, format_ms, format_value, one_line
@@ -27,9 +28,17 @@ if TYPE_CHECKING:
     from nas.study import StoredTrial
     from spaces import SearchSpace
 
-__all__ = ["RunView", "count_text"]
+__all__ = ["RunView", "count_text", "size_text"]
 
 logger = logging.getLogger("nas.run")
+
+
+def size_text(space: SearchSpace) -> str:
+    """How many architectures a space has, in words; some spaces are too entangled to count."""
+    try:
+        return count_text(space.cardinality())
+    except SpaceError:
+        return "too many to count exactly"
 
 
 def count_text(count: float) -> str:
@@ -66,9 +75,11 @@ class RunView:
 
     def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None:
         task = found.get("task") or {}
-        self._line(f"space    {space.name}: {count_text(space.cardinality())} architectures")
+        self._line(f"space    {space.name}: {size_text(space)} architectures")
         if task:
-            splits = ", ".join(f"{one_line(name)} {count:,}" for name, count in task.get("splits", {}).items())
+            splits = ", ".join(
+                f"{one_line(name)} {count:,}" for name, count in task.get("splits", {}).items()
+            )
             self._line(f"task     {one_line(task['name'])} on {one_line(task.get('source', '?'))}: {splits}")
             for note in task.get("notes", []):
                 self._line(f"note     {one_line(note)}", style="yellow")

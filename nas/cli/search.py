@@ -46,7 +46,7 @@ def search(
     ),
     epochs: int | None = typer.Option(None, help="Epochs of a full training; the task's own by default."),
     pruner: str | None = typer.Option(
-        None, help="Early stopping: median (default), successive_halving, hyperband, none."
+        None, help="Early stopping: median (default), successive_halving, none."
     ),
     latency_budget: float | None = typer.Option(
         None, help="Milliseconds; a slower candidate is not trained."

@@ -43,7 +43,7 @@ def _list(console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from nas.cli._view import count_text
+    from nas.cli._view import size_text
     from spaces import get_space, list_spaces
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -53,7 +53,7 @@ def _list(console: Console) -> None:
         for scale in scales:
             full = name if scale == "default" else f"{name}:{scale}"
             space = get_space(f"{name}:{scale}")
-            count = count_text(space.cardinality()).split(" (")[0]
+            count = size_text(space).split(" (")[0]
             table.add_row(full, space.task or "", count, str(len(space.published)))
     console.print(table)
 
@@ -63,10 +63,10 @@ def _show(console: Console, space: SearchSpace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from nas.cli._view import count_text
+    from nas.cli._view import size_text
     from nas.report.words import summarize
 
-    console.print(Text(f"{space.name}: {count_text(space.cardinality())} architectures"), soft_wrap=True)
+    console.print(Text(f"{space.name}: {size_text(space)} architectures"), soft_wrap=True)
     if space.description:
         console.print(Text(space.description))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -34,8 +34,8 @@ class RegularizedEvolution(Controller):
         directions: "maximize" or "minimize" for each objective.
         seed: see :class:`nas.controllers.base.Controller`.
         population: how many architectures live, at least 2. 50 was better than 100 up to 500 trials.
-        initial: how many of the first are random, from 1 to ``population``. 20 leaves more of a small budget
-            to evolution than 50 and finds no less with a large one (recipes/benchmarks/controllers_quality.py).
+        initial: how many of the first are random, from 1 to ``population``. With 20, a budget of a few
+            dozen trials sees evolution at all (recipes/benchmarks/controllers_quality.py compares with 50).
         tournament: how many are drawn for one tournament, from 1 to ``population``, but at most half of those
             that live.
         crossover_probability: share of children with two parents, from 0 to 1.

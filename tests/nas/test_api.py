@@ -154,3 +154,57 @@ def test_the_csv_holds_every_complete_trial(tmp_path: Path) -> None:
     assert len(rows) == 8
     assert sum(row["on_front"] in ("1", "True", "true", "yes") for row in rows) == len(report.front())
     assert [json.loads(row["architecture"]) for row in rows] == [row.architecture for row in report.trials]
+
+
+def test_a_front_of_unknown_costs_is_not_pruned_on_one_objective(tmp_path: Path) -> None:
+    """All are optimal: the cost is not known before a candidate ends, so early stopping must keep out."""
+    line = SearchSpace("line", {"a": Int(1, 24)})
+
+    def evaluate(architecture: dict[str, Any], report: Callable[[int, float], bool]) -> dict[str, float]:
+        for step in range(1, 9):
+            if report(step, architecture["a"] * step / 8):
+                return {}
+        return {"score": architecture["a"], "cost": architecture["a"]}
+
+    report = nas.search(
+        line, evaluate=evaluate, objectives=OBJECTIVES, out=tmp_path / "run", trials=24, epochs=8
+    )
+    assert len(report.front()) == 24
+
+
+def test_ctrl_c_in_a_script_is_not_held_against_the_candidate(tmp_path: Path) -> None:
+    calls = 0
+
+    def evaluate(architecture: dict[str, Any]) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls <= 4:
+            raise KeyboardInterrupt
+        return score(architecture)
+
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path / "run", evaluate, trials=3)
+    report = search(tmp_path / "run", evaluate, trials=3)
+    assert [row.state for row in report.trials] == ["complete"] * 3
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    import numpy as np
+
+    report = search(
+        tmp_path / "run", lambda architecture: {"score": np.float32(1.5), "cost": np.int64(3)}, trials=2
+    )
+    assert report.trials[0].values == {"score": 1.5, "cost": 3.0}
+
+
+def test_an_evaluator_that_does_not_exist_is_refused_at_once(tmp_path: Path) -> None:
+    for evaluator, message in (
+        ("trian", r"unknown evaluator 'trian' \(did you mean 'train'\?\)"),
+        ("none.py:f", r"none\.py"),
+    ):
+        with pytest.raises(nas.UserMistake, match=message):
+            nas.search(
+                "efficient_transformer", out=tmp_path / "run", evaluator=evaluator, objectives=OBJECTIVES
+            )
+        assert not (tmp_path / "run").exists()

@@ -14,7 +14,14 @@ import torch
 
 TOY = Path(__file__).parent / "toys" / "toy.py"
 SPACE = ["--space", f"{TOY}:SPACE"]
-EVALUATOR = ["--evaluator", f"{TOY}:evaluate", "--objective", "score:maximize", "--objective", "cost:minimize"]
+EVALUATOR = [
+    "--evaluator",
+    f"{TOY}:evaluate",
+    "--objective",
+    "score:maximize",
+    "--objective",
+    "cost:minimize",
+]
 
 
 def nas(*arguments: str, cwd: Path, timeout: float = 110) -> subprocess.CompletedProcess[str]:
@@ -41,12 +48,18 @@ def nas(*arguments: str, cwd: Path, timeout: float = 110) -> subprocess.Complete
         (["search", *SPACE, *EVALUATOR, "--trials", "many"], r"Invalid value for '--trials'"),
         (["search", *SPACE, *EVALUATOR, "--trials", "0"], r"trials: .*greater than or equal to 1"),
         (["search", *SPACE, *EVALUATOR, "--time-budget", "soon"], r"'soon' is not a duration"),
-        (["search", *SPACE, *EVALUATOR, "--controller", "tp"], r"unknown controller 'tp' \(did you mean 'tpe'\?\)"),
+        (
+            ["search", *SPACE, *EVALUATOR, "--controller", "tp"],
+            r"unknown controller 'tp' \(did you mean 'tpe'\?\)",
+        ),
         (["search", *SPACE, "--evaluator", f"{TOY}:evaluate"], r"such as --objective score:maximize"),
         (["search", *SPACE, *EVALUATOR, "--recipe", "none.yaml"], r"--recipe none\.yaml: cannot be read"),
         (["search", *SPACE, *EVALUATOR, "--out", "/dev/null/x"], r"--out /dev/null/x: cannot be written"),
         (["search", *SPACE, *EVALUATOR, "--gpu", "--device", "cpu"], r"--gpu and --device cpu contradict"),
-        (["search", *SPACE, *EVALUATOR, "--storage", "postgres://u:secret@h/x"], r"--storage postgres://\*\*\*@h/x"),
+        (
+            ["search", *SPACE, *EVALUATOR, "--storage", "postgres://u:secret@h/x"],
+            r"--storage postgres://\*\*\*@h/x",
+        ),
         (["resume", "nowhere"], r"nowhere: not a run directory"),
         (["report"], r"no run below runs/"),
         (["show", "0", "--run", "nowhere"], r"nowhere: not a run directory"),

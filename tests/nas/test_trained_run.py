@@ -76,14 +76,18 @@ def test_a_flipped_byte_in_an_export_is_refused(run: Path, tmp_path: Path, name:
 
 
 def test_a_budget_that_nothing_can_meet_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(nas.UserMistake, match=r"--params-budget 10: the smallest architecture of the space takes"):
+    with pytest.raises(
+        nas.UserMistake, match=r"--params-budget 10: the smallest architecture of the space takes"
+    ):
         nas.search("efficient_transformer", out=tmp_path / "run", params_budget=10, workers=1)
     assert not (tmp_path / "run").exists()
 
 
 def test_data_that_is_not_there_is_a_mistake_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(nas.UserMistake, match=r"missing\.tar") as caught:
-        nas.search("efficient_transformer", out=tmp_path / "run", data=str(tmp_path / "missing.tar"), workers=1)
+        nas.search(
+            "efficient_transformer", out=tmp_path / "run", data=str(tmp_path / "missing.tar"), workers=1
+        )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

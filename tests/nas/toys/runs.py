@@ -18,6 +18,24 @@ STATES = ("complete", "complete", "failed", "complete", "pruned", "complete")
 TOYS = Path(toy.__file__)
 
 
+def _find_schema_once() -> None:
+    """Optuna loads all its migrations at every opening to learn the newest schema, and these tests open a lot."""
+    from optuna.storages._rdb.storage import _VersionManager
+
+    find = _VersionManager.get_head_version
+    found: list[str] = []
+
+    def get_head_version(self: _VersionManager) -> str:
+        if not found:
+            found.append(find(self))
+        return found[0]
+
+    _VersionManager.get_head_version = get_head_version  # type: ignore[method-assign]
+
+
+_find_schema_once()
+
+
 def toy_config(storage: str | None = None, **settings: Any) -> SearchConfig:
     """The resolved configuration of a run of the toy space."""
     return SearchConfig.parse(
