@@ -13,11 +13,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
-
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from typing import IO, TYPE_CHECKING, Any
 
 from nas.files import CorruptFile
+
+if TYPE_CHECKING:
+    from optuna.storages.journal import JournalFileBackend
 
 __all__ = ["JournalLock", "check_journal", "journal_records", "open_journal", "repair_journal_tail"]
 
@@ -32,6 +33,8 @@ class JournalLock:
     """
 
     def __init__(self, path: Path):
+        from optuna.storages.journal import JournalFileSymlinkLock
+
         self._path = path
         self._link = f"{path}.lock"
         self._target = f".//{path.name}"
@@ -77,6 +80,8 @@ class JournalLock:
 def open_journal(path: Path) -> JournalFileBackend:
     """The journal at ``path`` for reading and writing; a torn last record is cut off and kept beside it. Made if
     need be, in a directory that exists. Raises OSError, CorruptFile."""
+    from optuna.storages.journal import JournalFileBackend
+
     path.touch()
     lock = JournalLock(path)
     lock.acquire()
