@@ -28,6 +28,7 @@ __all__ = [
     "local_file",
     "open_storage",
     "replace_storage",
+    "require_place",
     "stop_on_error",
 ]
 
@@ -76,6 +77,14 @@ def _free_name(path: Path) -> Path:
     return copy
 
 
+def require_place(url: str) -> None:
+    """Raises UserMistake when the directory of a storage's file does not exist; it is never made."""
+    path = local_file(url)
+    if path is not None and not path.parent.is_dir():
+        text = f"--storage {url}: there is no directory {path.parent}; make it, or give another file"
+        raise UserMistake(text)
+
+
 def open_storage(url: str, *, reading: bool = False) -> BaseStorage:
     """The Optuna storage at ``url``: a database URL, or ``journal:FILE``. With ``reading`` nothing is made or mended,
     and another driver may be writing.
@@ -87,13 +96,10 @@ def open_storage(url: str, *, reading: bool = False) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = local_file(url)
     if path is None:
-        return _open_server(url)
+        return _open_server(url, reading=reading)
     if not path.exists() and reading:
         raise MissingStudy(f"{path}: missing")
-    if not path.parent.is_dir():
-        raise UserMistake(
-            f"--storage {url}: there is no directory {path.parent}; make it, or give another file"
-        )
+    require_place(url)
     try:
         opening = _open_journal if url.startswith("journal:") else _open_sqlite
         return opening(path, reading=reading)
@@ -154,20 +160,20 @@ def stop_on_error(what: str) -> Iterator[None]:
 # -- kinds of storage --------------------------------------------------------------------------------------------------
 
 
-def _open_server(url: str) -> BaseStorage:
+def _open_server(url: str, *, reading: bool) -> BaseStorage:
     import optuna
+
+    shown = f"--storage {_hide_password(url)}"
 
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
-        raise UserMistake(
-            f"--storage {_hide_password(url)}: its driver is missing ({error}); install it"
-        ) from None
+        raise UserMistake(f"{shown}: its driver is missing ({error}); install it") from None
     except Exception as error:
-        raise UserMistake(
-            f"--storage {_hide_password(url)}: cannot be opened ({error_text(error)}); "
-            "give a database URL that Optuna accepts, or journal:FILE"
-        ) from None
+        if reading:
+            raise DamagedStorage(f"{shown}: cannot be opened ({error_text(error)})") from None
+        advice = "give a database URL that Optuna accepts, or journal:FILE"
+        raise UserMistake(f"{shown}: cannot be opened ({error_text(error)}); {advice}") from None
 
 
 def _open_journal(path: Path, *, reading: bool) -> BaseStorage:

@@ -77,7 +77,7 @@ class StoredStudy:
         url: its storage.
         reading: open it for reading only.
 
-    Raises UserMistake when the storage cannot be reached, or is damaged and on a server.
+    Raises UserMistake when the storage cannot be reached, or is damaged and on a server; not for ``reading``.
     """
 
     def __init__(self, run: RunDirectory, url: str, *, reading: bool):
@@ -101,7 +101,7 @@ class StoredStudy:
         except MissingStudy:
             return
         except DamagedStorage as error:
-            self._give_up(str(error))
+            self._give_up(str(error), reading=reading)
 
     def _find(self, run: RunDirectory) -> None:
         assert self.storage is not None  # it was just opened
@@ -124,12 +124,11 @@ class StoredStudy:
         self._directions = [direction.name.lower() for direction in found.directions]
         self._metric_names = found.system_attrs.get(_METRIC_NAMES)
 
-    def _give_up(self, why: str) -> None:
-        if local_file(self.url) is None:
+    def _give_up(self, why: str, *, reading: bool) -> None:
+        if local_file(self.url) is None and not reading:
             raise UserMistake(f"--storage: {why}; repair it on its server, or start another run with --out")
         self.close()
         self.broken = why
-        self.identity = next(iter(self._pick().studies), None)
 
     def _pick(self) -> Salvage:
         if self._picked is None:
@@ -154,8 +153,13 @@ class StoredStudy:
         self.storage = self.study_id = None
 
     def token(self, run: RunDirectory, facts: Mapping[str, Any] | None) -> str | None:
-        """The run's token, from whatever still says it."""
-        return token_of(run, [(facts or {}).get("run"), (self.identity or {}).get("run")])
+        """The run's token, from whatever still says it. Of a damaged storage the record of that run is found then."""
+        studies = {study["run"]: study for study in self._pick().studies} if self.broken else {}
+        alone = next(iter(studies)) if len(studies) == 1 else None
+        found = token_of(run, [(facts or {}).get("run"), (self.identity or {}).get("run")]) or alone
+        if self.broken:  # others may have their studies in it too
+            self.identity = studies.get(found)
+        return found
 
     def require_same(self, identity: Mapping[str, Any], run: RunDirectory, space: str) -> None:
         """Raises UserMistake when this study is another run's, or was started with another space or objectives."""
@@ -360,6 +364,7 @@ def read_identity(run: RunDirectory, url: str) -> dict[str, Any] | None:
     """The record of a run's study, for what else has been lost; None when it cannot be read either."""
     with contextlib.suppress(UserMistake):
         stored = StoredStudy(run, url, reading=True)
+        stored.token(run, None)
         stored.close()
         return stored.identity
     return None

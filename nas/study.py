@@ -19,7 +19,14 @@ from nas.errors import RunStopped, UserMistake
 from nas.files import CorruptFile, seal
 from nas.mending import Found, mend_files, ordered
 from nas.records import Records, StoredTrial, TrialResult
-from nas.storage import DamagedStorage, close_storage, open_storage, stop_on_error
+from nas.storage import (
+    DamagedStorage,
+    MissingStudy,
+    close_storage,
+    open_storage,
+    require_place,
+    stop_on_error,
+)
 from nas.stored import OPTUNA_STATES, StoredStudy, make_identity, study_name
 
 if TYPE_CHECKING:
@@ -79,9 +86,12 @@ class Study:
         url = config.get("storage")
         if url is None:
             return
+        require_place(url)
         try:
-            storage = open_storage(url)
+            storage = open_storage(url, reading=True)  # nothing is made for a start that may still be refused
             names = [study.study_name for study in storage.get_all_studies()]
+        except MissingStudy:
+            return
         except DamagedStorage as error:
             raise UserMistake(f"--storage: {error}; give another") from None
         close_storage(storage, url)

@@ -25,7 +25,9 @@ class UnknownNameError(UserMistake):
 
     def __init__(self, what: str, name: str, known: Iterable[str]):
         names = sorted(known)
-        super().__init__(f"unknown {what} {name!r}{nearest(name, names)}; known: {', '.join(names) or 'none'}")
+        super().__init__(
+            f"unknown {what} {name!r}{nearest(name, names)}; known: {', '.join(names) or 'none'}"
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

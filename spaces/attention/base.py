@@ -40,7 +40,9 @@ class Attention(nn.Module, ABC):
     ):
         super().__init__()
         if head_dim is None and dim % num_heads:
-            raise ValueError(f"dim={dim} must be divisible by num_heads={num_heads}, or head_dim must be given")
+            raise ValueError(
+                f"dim={dim} must be divisible by num_heads={num_heads}, or head_dim must be given"
+            )
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = head_dim or dim // num_heads

@@ -12,6 +12,7 @@ import pytest
 
 from nas.errors import RunStopped, UserMistake
 from nas.files import read_record
+from nas.reader import read_run
 from nas.recorded import write_start
 from nas.run_directory import RunDirectory
 from nas.storage import DamagedStorage
@@ -217,6 +218,16 @@ def test_a_run_killed_before_it_had_a_study_takes_nothing_from_the_others(tmp_pa
     assert not list(tmp_path.glob("shared*.damaged-*"))
 
 
+@pytest.mark.parametrize("kind", ["sqlite:///{}/no/study.db", "journal:{}/no/journal"])
+def test_asking_for_a_storage_makes_nothing(tmp_path: Path, kind: str) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(UserMistake, match=r"there is no directory .*no; make it, or give another file"):
+        Study.require_free(run, {"storage": kind.format(tmp_path)})
+    (tmp_path / "no").mkdir()
+    Study.require_free(run, {"storage": kind.format(tmp_path)})
+    assert list((tmp_path / "no").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "kind", ["sqlite:///{}/shared.db", "journal:{}/shared", "sqlite+pysqlite:///{}/server.db"]
 )
@@ -228,6 +239,7 @@ def test_the_study_of_another_run_of_the_same_name_is_not_taken_over(tmp_path: P
     config = toy_config(url)
     with pytest.raises(UserMistake, match="a study named 'run' is already there"):
         Study.require_free(run, config.dump())
+    Study.require_free(RunDirectory(tmp_path / "b" / "another"), config.dump())
     facts = write_start(run, config, {})
     with pytest.raises(UserMistake, match="a study named 'run' is already there"):
         Study.create(run, toy.SPACE, OBJECTIVES, config.dump(), facts)
@@ -253,6 +265,35 @@ def test_a_damaged_shared_file_is_mended_by_each_of_its_runs(tmp_path: Path) -> 
         study, lines = opened(run, url)
         run.release()
         assert lines == []
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///{}/shared.db", "journal:{}/shared"])
+def test_the_record_of_another_run_in_a_damaged_file_is_not_ours(tmp_path: Path, kind: str) -> None:
+    url = kind.format(tmp_path)
+    made_run(tmp_path / "first", url)
+    second = made_run(tmp_path / "second", url)
+    path = tmp_path / ("shared" if url.startswith("journal") else "shared.db")
+    data = path.read_bytes()
+    last = data.rfind(b'"score": 0.9')
+    path.write_bytes(data[:last] + b'"score": 0.8' + data[last + 12 :])
+    second.environment.unlink()
+    assert summary(read_run(second.path).study)[0][1] == toy.SPACE.key(architectures()[0])
+    study, _ = opened(second, url)
+    second.release()
+    assert [trial.state for trial in study.trials()] == list(STATES)
+
+
+def test_a_run_is_read_without_its_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"sqlite+pysqlite:///{tmp_path}/gone/server.db"
+    (tmp_path / "gone").mkdir()
+    run = made_run(tmp_path / "run", url)
+    shutil.rmtree(tmp_path / "gone")
+    found = read_run(run.path)
+    assert [trial.state for trial in found.study.trials()] == list(STATES)
+    assert "cannot be opened" in caplog.text
+    with pytest.raises(UserMistake, match="cannot be opened"):
+        opened(run, url)
+    run.release()
 
 
 def test_a_damaged_server_is_not_rebuilt_behind_its_owner(tmp_path: Path) -> None:

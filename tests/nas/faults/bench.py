@@ -175,6 +175,7 @@ class Bench:
         assert [trial.number for trial in trials] == list(range(self.trials))
         assert {trial.state for trial in trials} == {"complete"}
         assert self.values() == expected
+        assert "Traceback" not in (self.log.read_text() if self.log.exists() else "")
         self.check_no_leftovers()
         self.check_no_orphans()
 
