@@ -178,7 +178,7 @@ def killed_in_the_middle(folder: Path) -> tuple[RunDirectory, Path]:
     return run, folder / "image"
 
 
-@pytest.mark.parametrize("step", [40000, pytest.param(512, marks=SLOW)])
+@pytest.mark.parametrize("step", [40000, pytest.param(1536, marks=SLOW)])
 def test_damaged_log_of_a_killed_driver(tmp_path: Path, step: int) -> None:
     run, image = killed_in_the_middle(tmp_path)
     log = image / "study.db-wal"

@@ -156,7 +156,7 @@ def test_both_copies_of_one_trial_damaged(original: Original, caplog: pytest.Log
     assert summary(again) == others
 
 
-@pytest.mark.parametrize("step", [499, pytest.param(5, marks=SLOW)])
+@pytest.mark.parametrize("step", [499, pytest.param(13, marks=SLOW)])
 def test_environment(original: Original, step: int, caplog: pytest.LogCaptureFixture) -> None:
     path = original.run.environment
     whole = (original.folder / "kept" / "environment.json").read_bytes()
