@@ -201,8 +201,22 @@ def _open_sqlite(path: Path, *, reading: bool) -> BaseStorage:
 def _sqlite_storage(connect: Callable[[], sqlite3.Connection]) -> RDBStorage:
     import optuna
 
-    # The URL only names the dialect: a path may hold characters that mean something in a URL.
-    return optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
+    made: list[sqlite3.Connection] = []
+
+    def creator() -> sqlite3.Connection:
+        made.append(connect())
+        return made[-1]
+
+    try:
+        # The URL only names the dialect: a path may hold characters that mean something in a URL.
+        storage = optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": creator})
+    except BaseException:
+        # Nobody else can reach them, and an open one keeps others from closing the log.
+        for connection in made:
+            connection.close()
+        raise
+    made.clear()
+    return storage
 
 
 def _connect(path: Path, setting: str | None) -> sqlite3.Connection:
@@ -228,8 +242,8 @@ def _uri(path: Path) -> str:
     return f"{path.resolve().as_uri()}?mode=rw"
 
 
-def close_storage(storage: BaseStorage, url: str) -> None:
-    """Close the files of a storage that this process has written; a SQLite database is one file again afterwards."""
+def close_storage(storage: BaseStorage, url: str, *, reading: bool = False) -> None:
+    """Close the files of a storage; a SQLite database that this process has written is one file again afterwards."""
     engine = getattr(storage, "engine", None)
     if engine is None:
         return
@@ -237,7 +251,7 @@ def close_storage(storage: BaseStorage, url: str) -> None:
         storage.remove_session()
         engine.dispose()
     path = local_file(url)
-    if path is None or not path.exists():
+    if reading or path is None or not path.exists():
         return
     # Somebody who reads it now keeps the log alive; then the next driver, or SQLite itself, folds it in.
     with contextlib.suppress(sqlite3.Error, UnicodeError):

@@ -91,6 +91,7 @@ class StoredStudy:
         self._metric_names: Any = None
         self._file: os.stat_result | None = None
         self._picked: Salvage | None = None
+        self._reading = reading
         self._open(run, reading=reading)
 
     def _open(self, run: RunDirectory, *, reading: bool) -> None:
@@ -149,7 +150,7 @@ class StoredStudy:
     def close(self) -> None:
         """Let go of the storage."""
         if self.storage is not None:
-            close_storage(self.storage, self.url)
+            close_storage(self.storage, self.url, reading=self._reading)
         self.storage = self.study_id = None
 
     def token(self, run: RunDirectory, facts: Mapping[str, Any] | None) -> str | None:

@@ -94,7 +94,7 @@ class Study:
             return
         except DamagedStorage as error:
             raise UserMistake(f"--storage: {error}; give another") from None
-        close_storage(storage, url)
+        close_storage(storage, url, reading=True)
         if study_name(run) in names:
             raise UserMistake(_taken(run))
 

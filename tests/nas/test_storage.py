@@ -87,8 +87,21 @@ def test_a_reader_changes_no_byte(tmp_path: Path) -> None:
         before = path.read_bytes()
         reader = open_storage(url, reading=True)
         assert [study.study_name for study in reader.get_all_studies()] == ["one"]
-        close_storage(reader, url)
+        close_storage(reader, url, reading=True)
         assert path.read_bytes() == before
+
+
+def test_a_storage_that_cannot_be_opened_is_not_held(tmp_path: Path) -> None:
+    """An open connection of a failed reader would keep the next driver from closing its log."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    connection = sqlite3.connect(tmp_path / "study.db")
+    connection.execute("CREATE TABLE half (made INTEGER)")
+    connection.close()
+    with pytest.raises(DamagedStorage) as kept:
+        open_storage(url, reading=True)
+    assert str(tmp_path / "study.db") in str(kept.value)
+    open_files = [str(entry.resolve()) for entry in Path("/proc/self/fd").iterdir()]
+    assert not [name for name in open_files if name.startswith(str(tmp_path))]
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
