@@ -117,10 +117,8 @@ def _finalists(report: RunReport) -> list[TrialRow]:
     # A long front is thinned evenly; its two ends stay.
     step = (len(front) - 1) / (MAX_FINALISTS - 1)
     chosen = front if step <= 1 else [front[round(i * step)] for i in range(MAX_FINALISTS)]
-    base = report.baseline_row()
-    if base is not None and base.state == "complete" and base not in chosen:
-        chosen = [*chosen, base]
-    return chosen
+    named = [row for row in report.comparable() if row.name is not None and row not in chosen]
+    return [*chosen, *named]
 
 
 def _saved_finalists(run: RunDirectory) -> list[dict[str, Any]] | None:
@@ -170,7 +168,12 @@ def _judge(
     architectures = {str(row.number): row.architecture for row in chosen}
     if not _finish(list(tests.values()), stopping):
         return None
-    payload = {**shared, "architectures": architectures, "reference": str(base.number)}
+    payload = {
+        **shared,
+        "architectures": architectures,
+        "reference": str(base.number),
+        "scale": str(study.run.scale),
+    }
     timed = executor.submit(
         "nas.trial:finalists_latency",
         payload,
@@ -191,7 +194,7 @@ def _judge(
         test = outcome.value["metrics"] if outcome.value else None
         measured = (latencies.value or {})[str(row.number)]
         judged.append(
-            {"number": row.number, "name": row.name, "test": test, "reference": base.number, **measured}
+            {"number": row.number, "name": row.name, "test": test, "baseline": base.number, **measured}
         )
     return judged
 

@@ -25,6 +25,9 @@ __all__ = ["Observer", "Search"]
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE = ("work", "median_ms", "conditions")
+_SAMPLES = 300
+
 MAX_CONSECUTIVE_FAILURES = 12
 """So many failures on end, and not one success before, mean that the set-up is at fault and not the candidates."""
 
@@ -155,6 +158,9 @@ class Search:
             "architecture": trial.architecture,
             "seed": trial.seed,
             "directory": str(directory),
+            "scale": str(self.study.run.scale),
+            "named": trial.name is not None,
+            "measured": self._measured(),
             "log": str(directory / "log.txt"),
             "config": self.config.dump(),
             "objectives": [list(objective) for objective in self.study.objectives],
@@ -172,6 +178,17 @@ class Search:
             self.study.park(trial)
             raise
         self._running[future] = trial
+
+    def _measured(self) -> list[dict[str, Any]]:
+        """Work and latency of what was measured, for predicting the next ones; only a budget asks for that."""
+        if self.config.latency_budget is None:
+            return []
+        found = [
+            trial.result.latency for trial in self.study.trials() if trial.result and trial.result.latency
+        ]
+        return [
+            {name: latency[name] for name in _SAMPLE} for latency in found[-_SAMPLES:] if "work" in latency
+        ]
 
     def _on_event(self, trial: StoredTrial, event: dict[str, Any]) -> dict[str, Any] | None:
         """Runs in a thread of the executor."""

@@ -38,6 +38,7 @@ class RunDirectory:
         self.trials = path / "trials"
         self.log = path / "run.log"
         self.finalists = path / "finalists.json"
+        self.scale = path / "reference.json"
         self.csv = path / "pareto.csv"
         self.png = path / "pareto.png"
         self.html = path / "report.html"

@@ -18,8 +18,11 @@ from nas.environment import usable_cpus
 from nas.errors import TrialFailure, UserMistake, nearest
 from nas.export import describe_signature
 from nas.files import CorruptFile, read_record, write_record
+from nas.trial_latency import against, alone_on, measure_candidate, over_budget, predicted_over_budget
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nas.latency import Target
     from nas.tasks.base import Task
     from spaces import Architecture, SearchSpace
@@ -45,8 +48,9 @@ def run_trial(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Evaluate one candidate; the result is also left, sealed, in ``payload["directory"]``.
 
     ``payload``: number, key, architecture, seed, directory, config (``SearchConfig.dump()``), objectives (pairs of
-    name and direction). Returns the dict form of ``nas.study.TrialResult``, or ``{"mistake": text}`` for what
-    concerns the whole run. Raises TrialFailure for what concerns this candidate alone.
+    name and direction), scale (file of the reference's long-run times), measured (work and latency of candidates so
+    far), named (whether it is a given architecture). Returns the dict form of ``nas.study.TrialResult``, or
+    ``{"mistake": text}`` for what concerns the whole run. Raises TrialFailure for what concerns this candidate alone.
     """
     started = time.perf_counter()
     config = payload["config"]
@@ -181,7 +185,7 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
 
     config = payload["config"]
     directory = Path(payload["directory"])
-    target, device = _target(config), torch.device(config["device"])
+    device = torch.device(config["device"])
     gate = DeviceGate(str(device))
     result: dict[str, Any] = {
         "state": "complete",
@@ -193,15 +197,17 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
     torch.set_num_threads(_training_threads(config))
     with gate.shared():
         task = _task(config)
+        if over := predicted_over_budget(_skeleton(config, task, payload["architecture"]), task, payload):
+            return _stopped(result, over, "budget")
         torch.manual_seed(payload["seed"])
         model = _space(config).build(payload["architecture"], task.signature)
         result["metrics"].update(_count(model, task))
     channel.event({"stage": "counted", **result["metrics"]})
     if (over := _over_limits(config, result["metrics"])) is not None:
         return _stopped(result, over, "budget")
-    result["latency"] = _measure(model, task, target)
+    result["latency"] = measure_candidate(model, task, _target(config), payload)
     channel.event({"stage": "measured", "latency": result["latency"]})
-    if (over := _over_latency(config, result["latency"])) is not None:
+    if (over := over_budget(config["latency_budget"], result["latency"])) is not None:
         return _stopped(result, over, "budget")
     channel.event({"stage": "begun", **_known_metrics(result)})
     curve = _Curve(channel)
@@ -239,24 +245,6 @@ def _over_limits(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str |
     return None
 
 
-def _over_latency(config: Mapping[str, Any], latency: Mapping[str, Any]) -> str | None:
-    budget = config["latency_budget"]
-    if budget is not None and latency["median_ms"] > budget:
-        return f"{latency['median_ms']:.3g} ms exceed the latency budget of {budget:g} ms"
-    return None
-
-
-def _measure(model: Any, task: Task, target: Target, seconds: float = 1.5) -> dict[str, Any]:
-    from nas.latency import DeviceGate, measure
-
-    with DeviceGate(str(target.torch_device())).exclusive():
-        inputs = task.example_inputs(target.batch, target.torch_device())
-        measured = measure(model.to(target.torch_device()), inputs, target, max_seconds=seconds).to_dict()
-    if not math.isfinite(measured["median_ms"]) or measured["median_ms"] <= 0:
-        raise TrialFailure("nan", f"latency is {measured['median_ms']}")
-    return measured
-
-
 # -- before and after the search ---------------------------------------------------------------------------------------
 
 
@@ -279,7 +267,7 @@ def probe(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
         by_size = sorted(payload["architectures"], key=lambda architecture: _size(config, task, architecture))
         chosen = {"smallest": by_size[0], "typical": by_size[len(by_size) // 2], "largest": by_size[-1]}
         for label, architecture in chosen.items():
-            described["candidates"][label] = found = _probe_candidate(config, task, architecture)
+            described["candidates"][label] = found = _probe_candidate(payload, task, architecture)
             channel.event({"stage": "probed", "label": label, **found})
         _check_objectives(config, task)
         return described
@@ -288,16 +276,21 @@ def probe(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
 
 
 def _size(config: Mapping[str, Any], task: Task, architecture: Architecture) -> int:
+    return sum(parameter.numel() for parameter in _skeleton(config, task, architecture).parameters())
+
+
+def _skeleton(config: Mapping[str, Any], task: Task, architecture: Architecture) -> nn.Module:
+    """The model without data: shapes only, made in no time."""
     import torch
 
     with torch.device("meta"):
-        skeleton = _space(config).build(architecture, task.signature)
-    return sum(parameter.numel() for parameter in skeleton.parameters())
+        return _space(config).build(architecture, task.signature)
 
 
-def _probe_candidate(config: Mapping[str, Any], task: Task, architecture: Architecture) -> dict[str, Any]:
-    model = _space(config).build(architecture, task.signature)
-    latency = _measure(model, task, _target(config), seconds=0.5)
+def _probe_candidate(payload: Mapping[str, Any], task: Task, architecture: Architecture) -> dict[str, Any]:
+    model = _space(payload["config"]).build(architecture, task.signature)
+    target = _target(payload["config"])
+    latency = measure_candidate(model, task, target, payload, seconds=0.7)
     return {"architecture": architecture, **_count(model.cpu(), task), "latency": latency}
 
 
@@ -336,24 +329,34 @@ def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any
 
 
 def finalists_latency(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """Latency of the finalists measured together, interleaved, so that a drift of the machine touches all alike.
+    """The finalists measured together and compared with one of them.
 
-    ``payload``: config, architectures (label -> architecture), reference (a label).
+    ``payload``: config, scale, architectures (label -> architecture), reference (a label).
     """
-    from nas.latency import DeviceGate, measure_interleaved
+    from nas.latency import Options, Plan, measure_together
 
-    config = payload["config"]
+    config, base = payload["config"], payload["reference"]
     task, target, space = _task(config), _target(config), _space(config)
-    device = target.torch_device()
-    models = {}
-    for label, architecture in payload["architectures"].items():
-        models[label] = (
-            space.build(architecture, task.signature).to(device),
-            task.example_inputs(target.batch, device),
+    models = {
+        label: (
+            space.build(architecture, task.signature),
+            task.example_inputs(target.batch, target.torch_device()),
         )
-    with DeviceGate(str(device)).exclusive():
-        measured = measure_interleaved(models, target, reference=payload["reference"])
-    return {label: found.to_dict() for label, found in measured.items()}
+        for label, architecture in payload["architectures"].items()
+    }
+    keys = {label: space.key(architecture) for label, architecture in payload["architectures"].items()}
+    found = alone_on(
+        target,
+        lambda lease: measure_together(
+            models,
+            target,
+            plan=Plan(max_seconds=30.0),
+            against=base,
+            options=Options(scale=Path(payload["scale"]), keys=keys),
+            lease=lease,
+        ),
+    )
+    return {label: against(found, label, base) for label in models}
 
 
 # -- made once in each process -----------------------------------------------------------------------------------------

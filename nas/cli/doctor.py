@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["register"]
 
@@ -16,6 +21,10 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     repair: Path | None = typer.Option(None, help="Mend this run directory: a damaged study or recipe."),
+    latency: bool = typer.Option(False, "--latency", help="Measure ten known models twice: do they repeat?"),
+    target: str = typer.Option("cpu:1", help="With --latency: where to measure them."),
+    seconds: float = typer.Option(20.0, min=2.0, help="With --latency: for each of the two measurements."),
+    json_file: Path | None = typer.Option(None, "--json", help="With --latency: also write the result here."),
 ) -> None:
     """Examine the installation and the devices; exit code 1 when something will fail."""
     from rich.console import Console
@@ -29,6 +38,9 @@ def doctor(
         lines = library.repair(repair)
         for line in lines or [f"{repair}: nothing to mend"]:
             console.print(Text(line), soft_wrap=True)
+        return
+    if latency:
+        _latency(console, target, seconds, json_file)
         return
     table = Table.grid(padding=(0, 2))
     findings = library.examine()
@@ -47,3 +59,36 @@ def doctor(
             Text(f"{len(broken)} will fail: {', '.join(f.subject for f in broken)}", style="bold red")
         )
         raise typer.Exit(1)
+
+
+def _latency(console: Console, target: str, seconds: float, json_file: Path | None) -> None:
+    """Exit code 1 when figures from this machine may not be called measured."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from nas.environment import describe_environment
+    from nas.files import atomic_write_json
+    from nas.latency.self_test import LEAST_TAU, MOST_DEVIATION, self_test
+    from nas.latency.target import Target
+
+    with console.status("measuring ten models twice") if console.is_terminal else contextlib.nullcontext():
+        found = self_test(Target.parse(target), max_seconds=seconds)
+    table = Table("model", "first (ms)", "second (ms)", "difference", box=None, padding=(0, 2, 0, 0))
+    for name, first in found.first_ms.items():
+        second = found.second_ms[name]
+        table.add_row(name, f"{first:.3f}", f"{second:.3f}", f"{second / first - 1:+.1%}")
+    console.print(table)
+    for reason in found.reasons:
+        console.print(Text(f"out of bounds: {reason}", style="yellow"), soft_wrap=True)
+    if json_file is not None:
+        atomic_write_json(json_file, {**found.to_dict(), "environment": describe_environment()})
+    line = (
+        f"{found.target}: Kendall tau {found.tau:.3f} (at least {LEAST_TAU}), median deviation "
+        f"{found.median_deviation:.2%} (at most {MOST_DEVIATION:.0%}), clock {found.clock}, priority {found.priority}"
+    )
+    console.print(Text(line), soft_wrap=True)
+    if not found.passed:
+        text = "Latencies taken here must not be called measured: stop other programs, or permit real-time priority"
+        console.print(Text(text, style="bold red"), soft_wrap=True)
+        raise typer.Exit(1)
+    console.print(Text("Latencies taken here may be called measured.", style="green"))

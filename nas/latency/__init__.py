@@ -3,17 +3,22 @@
 Importing this package imports no torch; measuring does.
 """
 
-from nas.latency.gate import DeviceGate, GateTimeout
-from nas.latency.measure import measure, measure_interleaved
-from nas.latency.result import InterleavedResult, LatencyResult
+from nas.latency.gate import DeviceGate, GateTimeout, LeaseLost
+from nas.latency.measure import Options, measure, measure_together
+from nas.latency.result import LatencyResult, Pair, Session
+from nas.latency.rounds import Plan
 from nas.latency.target import Target
 
 __all__ = [
     "DeviceGate",
     "GateTimeout",
-    "InterleavedResult",
     "LatencyResult",
+    "LeaseLost",
+    "Options",
+    "Pair",
+    "Plan",
+    "Session",
     "Target",
     "measure",
-    "measure_interleaved",
+    "measure_together",
 ]

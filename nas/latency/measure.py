@@ -1,41 +1,72 @@
-"""Latency of a model on a target: warm-up by rule, samples until the median is known well enough, honest extras.
+"""Latency of models on a target.
 
-The caller keeps the device free meanwhile (``nas.latency.DeviceGate``). Nothing of the model is touched: a copy is
-converted, compiled and run. Time is that of one call, by a clock that every result names: on CUDA two events on the
-stream (with an idle queue they contain the launching of the kernels); on a CPU the wall clock, or the CPU time of the
-thread when it is the only one and other work was seen to run on its core.
+The caller keeps the device free meanwhile (``nas.latency.DeviceGate``) and may hand over its lease. Nothing of a model
+is touched: a copy is converted, compiled and run. The recipe: real-time priority where it is granted; warm-up by rule;
+rounds in random order with a fixed reference workload before and after each visit; the median of the ratios; an
+interval; a look at the machine before and after. What was out of bounds is measured again once, then marked.
 """
 
 from __future__ import annotations
 
-import functools
+import gc
 import math
-import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nas.errors import UserMistake
-from nas.latency.result import InterleavedResult, LatencyResult
-from nas.latency.runner import Runner, Times, session
+from nas.latency import extras
+from nas.latency.compare import MARGIN, all_decided, compare_all
+from nas.latency.guard import Reading, judge, read_machine
+from nas.latency.identity import Identity, describe_inputs, identity_of
+from nas.latency.priority import Granted, undisturbed
+from nas.latency.reference import ReferenceTimes, reference_workload
+from nas.latency.result import LatencyResult, Session
+from nas.latency.rounds import CONTENDED_ABOVE, LEAST_ROUNDS, Plan, Rounds, Track, median_times
+from nas.latency.runner import Times, make_runner, session
+from nas.latency.statistics import bootstrap_interval, drift, median_interval, percentile
 from nas.latency.target import Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["measure", "measure_interleaved", "median_interval"]
+__all__ = ["Lease", "Options", "measure", "measure_together"]
 
-CONTENDED_ABOVE = 1.05
-"""Wall time over CPU time of a single-threaded call above which other work must have run on its core."""
+_ENERGY_SECONDS = 1.5
+_BUILD_SECONDS = 900.0  # for exporting or compiling one model
+_REFERENCE = object()  # no model can have this name
 
-_WARMUP_WINDOW = 5
-_WARMUP_SLOPE = 0.02
-_WARMUP_SECONDS = 0.1
-_WARMUP_SHARE = 0.3
-_LEAST_SAMPLES = 3
-_LEAST_SECONDS = 0.25
-_VISIT_CALLS = 3
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Lease(Protocol):
+    """The right to use the device; see ``nas.latency.gate``."""
+
+    def check(self, patience: float | None = None) -> None:
+        """Raises when somebody else has the device by now; the next check comes within ``patience`` seconds."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure, beside ``Plan``.
+
+    Attributes:
+        priority: ``auto`` asks the system for real time, then niceness; ``off`` asks for nothing.
+        retries: further attempts when the machine was out of bounds.
+        scale: where the reference's long-run times are kept; None: each session is its own scale.
+        keys: name -> architecture key, for the identity.
+        memory, energy: measure these as well, before the rounds.
+    """
+
+    priority: str = "auto"
+    retries: int = 1
+    scale: Path | None = None
+    keys: Mapping[str, str] | None = None
+    memory: bool = False
+    energy: bool = False
 
 
 def measure(
@@ -44,286 +75,319 @@ def measure(
     target: Target,
     *,
     max_seconds: float = 2.0,
-    precision: float = 0.02,
-    min_samples: int = 20,
+    precision: float = 0.01,
+    min_rounds: int = 9,
+    limit_ms: float | None = None,
+    options: Options | None = None,
+    lease: Lease | None = None,
 ) -> LatencyResult:
-    """Measure one model.
+    """Measure one model against the reference workload.
 
     Args:
         model: on any device, in any mode; it is not changed.
-        inputs: what it is called with; the first dimension of each is ``target.batch``. Four copies with permuted
-            contents take turns, so that no cache serves the same values twice.
+        inputs: what it is called with; the first dimension of each is ``target.batch``. Copies with permuted contents
+            take turns, so that no cache serves the same values twice.
         target: where and how to run it.
-        max_seconds: for warm-up and samples together, not for the first call; a model so slow that three samples
-            take longer gets them all the same.
-        precision: the half-width of the median's 95 % interval, relative to the median, at which to stop.
-        min_samples: timed calls before the interval is believed.
+        max_seconds: for warm-up and rounds; a model so slow that three rounds take longer gets them all the same.
+        precision: the half-width of the 95 % interval, relative to the median, at which to stop.
+        min_rounds: visits before an interval is believed.
+        limit_ms: stop as soon as the latency is surely below or surely above.
+        options: priority, retries, scale, memory and energy.
+        lease: checked after every visit.
 
     Raises:
-        UserMistake: the target is not there, or the inputs are of another batch size.
+        UserMistake: the target is not there, a number is impossible, or the inputs are of another batch size.
     """
-    _check(target, {"model": inputs}, max_seconds=max_seconds, precision=precision, min_samples=min_samples)
-    with session(target, 1):
-        started = time.perf_counter()
-        runner = Runner(model, inputs, target)
-        first = runner()
-        deadline = time.perf_counter() + max_seconds
-        warmup = _warm_up(runner, max_seconds * _WARMUP_SHARE)
-        earliest = time.perf_counter() + min(_LEAST_SECONDS, max_seconds / 4)
-        times: list[Times] = []
-        while not _enough(target, times, earliest, deadline, precision, min_samples):
-            times.append(runner())
-        seconds = time.perf_counter() - started
-    return _result(target, first, warmup, times, seconds, _precise(target, times, precision, min_samples))
+    found = measure_together(
+        {"model": (model, inputs)},
+        target,
+        plan=Plan(max_seconds, precision, min_rounds, limit_ms),
+        options=options,
+        lease=lease,
+    )
+    return found.results["model"]
 
 
-def measure_interleaved(
-    models: Mapping[str, tuple[nn.Module, Sequence[Tensor]]],
+def measure_together(
+    models: Mapping[str, tuple[Any, Any]],
     target: Target,
-    rounds: int = 25,
     *,
-    reference: str | None = None,
-    max_seconds: float = 30.0,
-    seed: int = 0,
-) -> dict[str, InterleavedResult]:
-    """Measure several models against one of them, so that a drift of the machine touches all alike.
-
-    Each round visits all models in random order, with the reference before and after each.
+    plan: Plan | None = None,
+    pairs: bool = False,
+    against: str | None = None,
+    margin: float = MARGIN,
+    options: Options | None = None,
+    lease: Lease | None = None,
+    progress: Progress | None = None,
+) -> Session:
+    """Measure several models in the same rounds, so that whatever the machine does touches all alike.
 
     Args:
-        models: name -> model and inputs, as for ``measure``.
+        models: name -> model (or ONNX file) and inputs, as for ``measure``; or several sets of inputs, of other
+            lengths for instance, as ``nas.latency.runner.inputs_for`` makes them.
         target: where and how to run them.
-        rounds: at least 3; 9 or more for an interval worth the name.
-        reference: a name in ``models``; the first by default.
-        max_seconds: no further round is begun after this, once three are done.
-        seed: of the order.
+        plan: how much; ``Plan(max_seconds=30)`` by default.
+        pairs: compare them; the rounds then go on until every pair is clear or known to ``plan.precision``.
+        against: compare each with this one only.
+        margin: a smaller difference than this share is not called one.
+        options, lease: as for ``measure``.
+        progress: told ``{"visit": name}`` before a model is touched and ``{"round": number}`` after each round.
 
     Raises:
-        UserMistake: no models, an unknown reference, a target that is not there, inputs of another batch size.
+        UserMistake: no models, an unknown ``against``, a target that is not there, inputs of another batch size.
     """
-    _check(
-        target, {name: inputs for name, (_, inputs) in models.items()}, max_seconds=max_seconds, rounds=rounds
-    )
-    if reference is None:
-        reference = next(iter(models))
-    if reference not in models:
-        raise UserMistake(f"reference={reference!r} is not among the models: {', '.join(models)}")
-    with session(target, len(models)):
-        runners = {name: Runner(model, inputs, target) for name, (model, inputs) in models.items()}
-        for runner in runners.values():
+    plan, options = plan or Plan(max_seconds=30.0), options or Options()
+    _check(target, models, plan, against)
+    if pairs or against is not None:
+        plan = replace(plan, together=True)
+    best: Session | None = None
+    for attempt in range(1 + options.retries):
+        again = replace(plan, seed=plan.seed + attempt)
+        found = _Measurement(models, target, again, options, against, margin, lease, progress).run()
+        reasons = _reasons(found)
+        if best is None or len(reasons) < len(_reasons(best)):
+            best = found
+        if not reasons:
+            break
+    assert best is not None  # at least one attempt was made
+    return best
+
+
+def _reasons(found: Session) -> set[str]:
+    return {reason for result in found.results.values() for reason in result.reasons}
+
+
+class _Measurement:
+    """One attempt."""
+
+    def __init__(
+        self,
+        models: Mapping[str, tuple[Any, Any]],
+        target: Target,
+        plan: Plan,
+        options: Options,
+        against: str | None,
+        margin: float,
+        lease: Lease | None,
+        progress: Progress | None,
+    ):
+        self.models, self.target, self.plan, self.options = models, target, plan, options
+        self.against, self.margin, self.lease = against, margin, lease
+        self.tell: Progress = progress or (lambda event: None)
+        self.versions: dict[str, dict[str, str]] = {}
+        self.extra: dict[str, dict[str, Any]] = {name: {} for name in models}
+
+    def run(self) -> Session:
+        target, began = self.target, time.perf_counter()
+        threads = target.cpu_threads() if target.device == "cpu" else 1
+        runners: dict[Any, Any] = {}
+        with session(target, len(self.models) + 1):
+            try:
+                # Compilers start processes, which must not inherit the cores of a measurement: built before.
+                for name, (model, inputs) in self.models.items():
+                    self.tell({"visit": name})
+                    self._hold(_BUILD_SECONDS)
+                    runners[name] = make_runner(model, inputs, target)
+                    self.versions[name] = runners[name].runtime_versions
+                    self.extra[name] = self._extras(runners[name])
+                plain = self._plain()
+                runners[_REFERENCE] = reference = make_runner(*reference_workload(plain), plain)
+                with undisturbed(threads, self.options.priority) as granted:
+                    models = {name: runners[name] for name in self.models}
+                    rounds, before = self._rounds(models, reference, granted)
+                    after = read_machine(target, cores=granted.affinity)
+            finally:
+                for runner in runners.values():
+                    runner.close()
+        return self._session(rounds, granted, before, after, time.perf_counter() - began)
+
+    def _rounds(
+        self, runners: Mapping[str, Callable[[], Times]], reference: Any, granted: Granted
+    ) -> tuple[Rounds, Reading]:
+        scale, digest = ReferenceTimes(self.options.scale), self._scale_digest(granted)
+        rounds = Rounds(
+            runners,
+            reference,
+            self.plan,
+            lambda calls: clock_of(self.target, calls),
+            scale_ms=scale.get(digest),
+            between=lambda seconds: self._between(granted),
+            done=lambda found: all_decided(
+                found, self.plan.precision, against=self.against, margin=self.margin
+            ),
+            on_visit=lambda name: self.tell({"visit": name}),
+        )
+        rounds.warm_up(granted.renew)
+        # Objects of the warm-up are collected now, and not by chance in somebody's visit: the collector rests.
+        gc.collect()
+        before = read_machine(self.target, cores=granted.affinity)
+        rounds.run()
+        if rounds.scale_ms is None and self.options.scale is not None:
+            rounds.scale_ms = rounds.long_run_ms()
+            scale.put(digest, rounds.scale_ms)
+        return rounds, before
+
+    def _between(self, granted: Granted) -> None:
+        self._hold()
+        granted.pause()
+
+    def _hold(self, patience: float | None = None) -> None:
+        if self.lease is not None:
+            self.lease.check(patience)
+
+    def _extras(self, runner: Callable[[], Times]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.options.memory:
+            peak = extras.peak_memory(runner, self.target)
+            found["peak_memory_bytes"] = None if peak is None else peak.bytes
+        if self.options.energy:
+            found["energy_mj"] = _energy_per_call(runner, self.target)
+        return found
+
+    def _scale_digest(self, granted: Granted) -> str:
+        """Of the conditions that the reference runs under, whatever the models and their runtime are."""
+        plain = self._plain()
+        inputs = describe_inputs(reference_workload(plain)[1])
+        return identity_of(plain, inputs, None, priority=granted.kind, affinity=granted.affinity).digest()
+
+    def _plain(self) -> Target:
+        return replace(self.target, runtime="eager", channels_last=False, batch=1, size=None)
+
+    def _identity(self, name: str, granted: Granted) -> Identity:
+        inputs = self.models[name][1]
+        key = (self.options.keys or {}).get(name)
+        return identity_of(
+            self.target,
+            describe_inputs(inputs),
+            key,
+            priority=granted.kind,
+            affinity=granted.affinity,
+            versions=self.versions[name],
+        )
+
+    def _session(
+        self, rounds: Rounds, granted: Granted, before: Reading, after: Reading, seconds: float
+    ) -> Session:
+        clock = rounds.clock
+        ratio = wall_cpu_ratio(self.target, rounds.calls())
+        reasons = tuple(
+            judge(before, after, self.target, clock=clock, wall_cpu_ratio=ratio, priority=granted.kind)
+        )
+        results = {
+            name: self._result(track, rounds, clock, granted, reasons, seconds)
+            for name, track in rounds.tracks.items()
+        }
+        return Session(
+            target=str(self.target),
+            results=results,
+            pairs=compare_all(rounds, against=self.against, margin=self.margin) if self.plan.together else (),
+            drift=tuple((at, getattr(times, clock)) for at, times in rounds.drift),
+        )
+
+    def _result(
+        self,
+        track: Track,
+        rounds: Rounds,
+        clock: str,
+        granted: Granted,
+        reasons: tuple[str, ...],
+        seconds: float,
+    ) -> LatencyResult:
+        ratios = rounds.ratios(track)
+        raw = [getattr(visit.times, clock) for visit in track.visits]
+        tail = [getattr(times, clock) for times in track.tail]
+        ratio, (low, high) = statistics.median(ratios), bootstrap_interval(ratios)
+        scale, here = rounds.long_run_ms(), rounds.session_ms()
+        raw_low, raw_high = median_interval(raw)
+        wall = median_times(track.samples)
+        wall_cpu = wall_cpu_ratio(self.target, track.samples)
+        return LatencyResult(
+            target=str(self.target),
+            clock=clock,
+            median_ms=ratio * scale,
+            low_ms=low * scale,
+            high_ms=high * scale,
+            raw_median_ms=statistics.median(raw),
+            raw_low_ms=raw_low,
+            raw_high_ms=raw_high,
+            ratio=ratio,
+            ratio_low=low,
+            ratio_high=high,
+            reference_ms=scale,
+            session_reference_ms=here,
+            p90_ms=percentile(tail, 0.9),
+            p99_ms=percentile(tail, 0.99),
+            samples=len(track.samples),
+            rounds=len(track.visits),
+            quiet_rounds=len(track.quiet(clock, rounds.ceiling(), 0)),
+            runs=track.runs,
+            warmup_runs=track.warmup_runs,
+            stopped=track.stopped or "time",
+            half_width=(high - low) / 2 / ratio,
+            drift=drift(rounds.reference_times()),
+            splits=rounds.splits,
+            first_call_ms=track.first.wall,
+            wall_ms=wall.wall,
+            cpu_ms=None if wall_cpu is None else wall.cpu,
+            wall_cpu_ratio=wall_cpu,
+            contended=None if wall_cpu is None else wall_cpu > CONTENDED_ABOVE,
+            threads=self.target.cpu_threads() if self.target.device == "cpu" else None,
+            priority=granted.kind,
+            trusted=not reasons,
+            reasons=reasons,
+            identity=self._identity(track.name, granted).to_dict(),
+            seconds=seconds,
+            **self.extra[track.name],
+        )
+
+
+def _energy_per_call(runner: Callable[[], Times], target: Target) -> float | None:
+    """Millijoules of the whole device over a second of calls; None where it does not tell."""
+    meter, calls, deadline = extras.EnergyMeter(target), 0, time.perf_counter() + _ENERGY_SECONDS
+    runner()
+    with meter:
+        while time.perf_counter() < deadline:
             runner()
-            _warm_up(runner, 0.5)
-        visits = _rounds(runners, reference, rounds, max_seconds, random.Random(seed))
-    return {name: _interleaved(target, reference, name, visits) for name in models}
+            calls += 1
+    return None if meter.joules is None or not calls else 1000 * meter.joules / calls
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the median from order statistics, without any assumption on the distribution.
-
-    With fewer than six values no 95 % interval exists; the smallest and the largest are returned.
-    """
-    ordered = sorted(values)
-    rank = _rank(len(ordered), confidence)
-    return ordered[rank], ordered[len(ordered) - 1 - rank]
-
-
-class _Visit(NamedTuple):
-    """One visit to a model within a round, with the reference's times on both sides (equal to its own for itself)."""
-
-    times: Times
-    before: Times
-    after: Times
-
-
-def _warm_up(runner: Runner, most_seconds: float) -> int:
-    """Run until the last calls no longer get faster or slower, or the time is up; returns the number of calls."""
-    begun = time.perf_counter()
-    times: list[float] = []
-    while True:
-        times.append(runner().wall)
-        elapsed = time.perf_counter() - begun
-        settled = len(times) >= _WARMUP_WINDOW and _relative_slope(times[-_WARMUP_WINDOW:]) < _WARMUP_SLOPE
-        if elapsed >= most_seconds or (settled and elapsed >= _WARMUP_SECONDS):
-            return len(times)
-
-
-def _relative_slope(times: Sequence[float]) -> float:
-    """Size of the least-squares slope per call, relative to the mean."""
-    slope = statistics.linear_regression(range(len(times)), times).slope
-    return abs(slope) / statistics.fmean(times)
-
-
-def _enough(
-    target: Target,
-    times: Sequence[Times],
-    earliest: float,
-    deadline: float,
-    precision: float,
-    min_samples: int,
-) -> bool:
-    if len(times) < _LEAST_SAMPLES:
-        return False
-    now = time.perf_counter()
-    # Sorting after every call would take longer than the calls of a small model.
-    due = len(times) % max(5, len(times) // 20) == 0
-    return now >= deadline or (due and now >= earliest and _precise(target, times, precision, min_samples))
-
-
-def _precise(target: Target, times: Sequence[Times], precision: float, min_samples: int) -> bool:
-    if len(times) < max(min_samples, 6):
-        return False
-    values = _by(_clock(target, times), times)
-    low, high = median_interval(values)
-    return (high - low) / 2 <= precision * statistics.median(values)
-
-
-@functools.lru_cache(maxsize=4096)
-def _rank(count: int, confidence: float) -> int:
-    """The largest r such that the r-th smallest and the r-th largest (from 0) enclose the median so surely."""
-    if count > 400:
-        quantile = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-        return max(0, math.floor((count - quantile * math.sqrt(count)) / 2) - 1)
-    below, rank = 0, 0
-    while True:
-        below += math.comb(count, rank)
-        if 2 * below > (1 - confidence) * 2**count:
-            return max(0, rank - 1)
-        rank += 1
-
-
-def _drift(times: Sequence[float]) -> float:
-    third = max(1, len(times) // 3)
-    return statistics.median(times[-third:]) / statistics.median(times[:third])
-
-
-def _wall_cpu_ratio(target: Target, times: Sequence[Times]) -> float | None:
-    if target.is_cuda or target.cpu_threads() != 1:
+def wall_cpu_ratio(target: Target, times: Sequence[Times]) -> float | None:
+    """Median wall time over median CPU time; None where the CPU time of one thread does not tell the whole."""
+    if target.device != "cpu" or target.cpu_threads() != 1 or not times:
         return None
     # Of medians, not of sums: a preempted call among many short ones does not make their median wrong.
-    return statistics.median(_by("wall", times)) / max(statistics.median(_by("cpu", times)), 1e-9)
+    middle = median_times(times)
+    return middle.wall / max(middle.cpu, 1e-9)
 
 
-def _contended(target: Target, times: Sequence[Times]) -> bool | None:
-    ratio = _wall_cpu_ratio(target, times)
-    return None if ratio is None else ratio > CONTENDED_ABOVE
-
-
-def _clock(target: Target, times: Sequence[Times]) -> str:
+def clock_of(target: Target, times: Sequence[Times]) -> str:
+    """``events`` on CUDA; else ``wall``, or ``cpu`` when other work was seen on the core of the only thread."""
     if target.is_cuda:
         return "events"
-    return "cpu" if _contended(target, times) else "wall"
+    ratio = wall_cpu_ratio(target, times)
+    return "cpu" if ratio is not None and ratio > CONTENDED_ABOVE else "wall"
 
 
-def _by(clock: str, times: Sequence[Times]) -> list[float]:
-    return [getattr(t, clock) for t in times]
-
-
-def _result(
-    target: Target, first: Times, warmup: int, times: Sequence[Times], seconds: float, precise: bool
-) -> LatencyResult:
-    import torch
-
-    clock = _clock(target, times)
-    values = _by(clock, times)
-    low, high = median_interval(values)
-    ratio = _wall_cpu_ratio(target, times)
-    return LatencyResult(
-        target=str(target),
-        clock=clock,
-        median_ms=statistics.median(values),
-        low_ms=low,
-        high_ms=high,
-        p90_ms=sorted(values)[math.ceil(0.9 * len(values)) - 1],
-        samples=len(values),
-        precise=precise,
-        drift=_drift(values),
-        first_call_ms=first.wall,
-        wall_ms=statistics.median(_by("wall", times)),
-        cpu_ms=None if ratio is None else statistics.median(_by("cpu", times)),
-        wall_cpu_ratio=ratio,
-        contended=_contended(target, times),
-        threads=None if target.is_cuda else target.cpu_threads(),
-        warmup_runs=warmup,
-        seconds=seconds,
-        device_name=_device_name(target),
-        torch_version=str(torch.__version__),
-    )
-
-
-def _device_name(target: Target) -> str:
-    if not target.is_cuda:
-        from nas.environment import cpu_model
-
-        return cpu_model()
-    import torch
-
-    return torch.cuda.get_device_name(target.torch_device())
-
-
-def _rounds(
-    runners: Mapping[str, Runner], reference: str, rounds: int, max_seconds: float, rng: random.Random
-) -> dict[str, list[_Visit]]:
-    visits: dict[str, list[_Visit]] = {name: [] for name in runners}
-    others = [name for name in runners if name != reference]
-    begun = time.perf_counter()
-    for number in range(rounds):
-        if number >= _LEAST_SAMPLES and time.perf_counter() - begun > max_seconds:
-            break
-        rng.shuffle(others)
-        before = _visit(runners[reference])
-        visits[reference].append(_Visit(before, before, before))
-        for name in others:
-            times = _visit(runners[name])
-            after = _visit(runners[reference])
-            visits[name].append(_Visit(times, before, after))
-            visits[reference].append(_Visit(after, after, after))
-            before = after
-    return visits
-
-
-def _visit(runner: Runner) -> Times:
-    # The other model has just filled the caches; the first call brings the weights back as in steady use.
-    runner()
-    calls = [runner() for _ in range(_VISIT_CALLS)]
-    return Times(*(statistics.median(column) for column in zip(*calls, strict=True)))
-
-
-def _interleaved(
-    target: Target, reference: str, name: str, visits: Mapping[str, Sequence[_Visit]]
-) -> InterleavedResult:
-    everything = [visit.times for each in visits.values() for visit in each]
-    clock = _clock(target, everything)
-    own = visits[name]
-    values, before, after = (_by(clock, column) for column in zip(*own, strict=True))
-    ratios = [value / ((b + a) / 2) for value, b, a in zip(values, before, after, strict=True)]
-    return InterleavedResult(
-        str(target),
-        reference,
-        clock,
-        statistics.median(values),
-        *median_interval(values),
-        statistics.median(ratios),
-        *median_interval(ratios),
-        rounds=len(own),
-        drift=_drift(values),
-        contended=_contended(target, everything),
-    )
-
-
-def _check(target: Target, inputs: Mapping[str, Sequence[Tensor]], **numbers: float) -> None:
+def _check(target: Target, models: Mapping[str, tuple[Any, Any]], plan: Plan, against: str | None) -> None:
+    numbers = {"max_seconds": plan.max_seconds, "precision": plan.precision, "min_rounds": plan.min_rounds}
+    if plan.limit_ms is not None:
+        numbers["limit_ms"] = plan.limit_ms
     for name, value in numbers.items():
-        least = _LEAST_SAMPLES if name == "rounds" else 1 if name == "min_samples" else 0
+        least = LEAST_ROUNDS if name == "min_rounds" else 0
         if not (math.isfinite(value) and value >= least and value > 0):
             raise UserMistake(
                 f"{name}={value} must be finite and {f'at least {least}' if least else 'above 0'}"
             )
-    if not inputs:
+    if not models:
         raise UserMistake("models: there is none to measure; give at least one")
+    if against is not None and against not in models:
+        raise UserMistake(f"against={against!r} is not among the models: {', '.join(models)}")
     target.check()
-    for name, tensors in inputs.items():
-        for number, tensor in enumerate(tensors):
-            if tensor.dim() and tensor.shape[0] != target.batch:
+    for name, (_, inputs) in models.items():
+        for number, (shape, _dtype) in enumerate(describe_inputs(inputs)):
+            if shape and shape[0] != target.batch:
                 raise UserMistake(
-                    f"inputs[{number}] of {name} has batch {tensor.shape[0]}, but target {str(target)!r} means "
-                    f"{target.batch}; write the batch size into the target, as in cpu@{tensor.shape[0]}"
+                    f"inputs[{number}] of {name} has batch {shape[0]}, but target {str(target)!r} means "
+                    f"{target.batch}; write the batch size into the target, as in cpu@{shape[0]}"
                 )

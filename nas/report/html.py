@@ -18,7 +18,7 @@ from nas.report.data import RunReport, TrialRow
 from nas.report.formats import as_number, format_seconds, format_value, objective_label, one_line
 from nas.report.importance import Importance, importance_figure, parallel_figure, parameter_importance
 from nas.report.plots import curves_figure, front_figure
-from nas.report.tables import Column, interval_text, trial_columns
+from nas.report.tables import Column, interval_text, judgement, trial_columns
 from nas.report.words import summarize
 
 __all__ = ["render_html", "write_html"]
@@ -228,7 +228,8 @@ def _finalists(report: RunReport) -> str:
     rows = []
     for found in report.finalists:
         title = f"#{found.get('number')} {found.get('name') or ''}"
-        cells = [interval_text(found), interval_text(found, "ratio", "ratio_low", "ratio_high")]
+        ratio = interval_text(found, "ratio", "ratio_low", "ratio_high")
+        cells = [interval_text(found), ratio, judgement(found)]
         test = found.get("test") or {}
         texts = [
             f"{name} {format_value(name, value)}"
@@ -236,9 +237,16 @@ def _finalists(report: RunReport) -> str:
             if as_number(value) is not None
         ]
         rows.append([title, *cells, ", ".join(texts)])
-    note = "The front and the baseline measured again, interleaved; test metrics are of data that the search never saw."
-    heads = ["trial", "latency (ms)", "latency / baseline's", "test metrics"]
-    return _section("Finalists", _note(note), _plain_table(heads, rows))
+    note = (
+        "The front, the baseline and the published variants measured again, interleaved; the interval of a ratio holds "
+        "at 99.5 %, and less than 1 % is not called a difference. Test metrics are of data that the search never saw."
+    )
+    doubts = dict.fromkeys(str(reason) for found in report.finalists for reason in found.get("reasons") or ())
+    warning = f"Not to be trusted: {'; '.join(doubts)}." if doubts else ""
+    heads = ["trial", "latency (ms)", "latency / baseline's", "verdict", "test metrics"]
+    return _section(
+        "Finalists", _note(note), *([_note(warning)] if doubts else []), _plain_table(heads, rows)
+    )
 
 
 def _parameters(report: RunReport, figures: dict[str, dict[str, Any]]) -> list[str]:

@@ -35,6 +35,9 @@ def write_pareto_csv(report: RunReport, path: Path) -> None:
     ]
     header += [
         "latency_precise",
+        "latency_raw_median_ms",
+        "latency_clock",
+        "latency_trusted",
         "params",
         "macs",
         *(f"test_{name}" for name in tests),
@@ -52,11 +55,14 @@ def write_pareto_csv(report: RunReport, path: Path) -> None:
             int(row.number in front),
             *(row.values.get(name) for name in objectives),
         ]
-        cells += [latency.get(name) for name in ("median_ms", "low_ms", "high_ms", "precise")]
+        cells += [latency.get(name) for name in _LATENCY]
         cells += [row.metrics.get("params"), row.metrics.get("macs"), *(found.get(name) for name in tests)]
         cells += [row.seconds, row.seed, row.key, json.dumps(row.architecture)]
         writer.writerow([_cell(cell) for cell in cells])
     atomic_write_text(path, buffer.getvalue())
+
+
+_LATENCY = ("median_ms", "low_ms", "high_ms", "precise", "raw_median_ms", "clock", "trusted")
 
 
 def _cell(value: object) -> object:

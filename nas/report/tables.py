@@ -31,6 +31,7 @@ __all__ = [
     "candidate_line",
     "failures_table",
     "finalists_table",
+    "judgement",
     "front_table",
     "interval_text",
     "latency_text",
@@ -245,7 +246,7 @@ def front_table(report: RunReport) -> Group:
 def finalists_table(report: RunReport) -> Table:
     """The second measurement of the front beside the baseline: latency, ratio to the baseline, test metric."""
     table = _table(f"Measured again side by side on {report.target}")
-    columns = ["latency (ms)", "against the baseline"]
+    columns = ["latency (ms)", "to baseline", ""]
     if report.test_metric is not None:
         columns.append(f"test {one_line(objective_label(report.test_metric), 25)}")
     _columns(table, "trial", columns)
@@ -254,13 +255,19 @@ def finalists_table(report: RunReport) -> Table:
         row = rows.get(int(found["number"]))
         latency, ratio = interval_text(found), interval_text(found, "ratio", "ratio_low", "ratio_high")
         is_base = row is not None and row.name is not None and row.name == report.baseline
-        cells = [latency, "baseline" if is_base else f"{ratio} ×" if ratio else ""]
+        cells = [latency, "baseline" if is_base else f"{ratio} ×" if ratio else "", judgement(found)]
         if report.test_metric is not None:
             value = report.test_value(row) if row is not None else None
             cells.append("" if value is None else format_value(report.test_metric, value))
         title = row.title if row is not None else f"#{found['number']}"
         table.add_row(Text(one_line(title, 40)), *(Text(cell) for cell in cells))
     return table
+
+
+def judgement(found: Mapping[str, Any]) -> str:
+    """What may be said of a finalist: ``faster``, ``slower`` or ``cannot tell``, and whether it may be trusted."""
+    verdict = str(found.get("verdict") or "")
+    return f"{verdict} (untrusted)".strip() if found.get("trusted") is False else verdict
 
 
 def failures_table(report: RunReport) -> Table:

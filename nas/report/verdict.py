@@ -127,11 +127,16 @@ class Verdict:
         ) or unknown
 
     def _wholly_ahead(self, row: TrialRow, base: TrialRow) -> bool:
-        ours, theirs = self._costs(row, base)
-        apart = ours.high < theirs.low if self.cost_sign > 0 else ours.low > theirs.high
-        if not apart or not self._measured_like(row):
+        if not self._measured_like(row):
             return False
         again = self.report.finalist(row) if self.again else {}
+        if (
+            again.get("verdict") is not None
+        ):  # decided from pairs of visits, more sharply than by two intervals
+            return bool(again["verdict"] == ("faster" if self.cost_sign > 0 else "slower"))
+        ours, theirs = self._costs(row, base)
+        if not (ours.high < theirs.low if self.cost_sign > 0 else ours.low > theirs.high):
+            return False
         bound = as_number(again.get("ratio_high" if self.cost_sign > 0 else "ratio_low"))
         return bound is None or self.cost_sign * bound < self.cost_sign
 
@@ -143,6 +148,8 @@ class Verdict:
         ours, theirs = self._costs(row, base)
         if math.isnan(ours.low) or math.isnan(theirs.low):
             return "no interval was measured, so no difference can be claimed"
+        if self.again and self.report.finalist(row).get("verdict") == "cannot tell":
+            return "side by side they cannot be told apart"
         if ours.low <= theirs.high and theirs.low <= ours.high:
             exact = ours.low == ours.high and theirs.low == theirs.high
             return "they cost the same" if exact else "the intervals overlap"

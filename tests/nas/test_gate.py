@@ -256,7 +256,7 @@ def test_the_default_directory_is_private(tmp_path: Path, monkeypatch: pytest.Mo
     place.chmod(0o777)
     assert stat.S_IMODE(_private_directory().stat().st_mode) == 0o700
     with DeviceGate("cpu").exclusive():
-        assert sorted(entry.name for entry in place.iterdir()) == ["cpu.turn.lock", "cpu.use.lock"]
+        assert sorted(entry.name for entry in place.iterdir()) == ["cpu.1.lock", "cpu.queue.lock"]
 
 
 def test_somebody_elses_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_somebody_elses_directory_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     with (
         pytest.raises(
-            UserMistake, match=r"cpu\.turn\.lock cannot be opened: No such file or directory; set TMPDIR"
+            UserMistake, match=r"cpu\.\*\.lock cannot be used: No such file or directory; set TMPDIR"
         ),
         DeviceGate("cpu", tmp_path / "gone").shared(),
     ):

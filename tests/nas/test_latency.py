@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nas.environment import usable_cpus
 from nas.errors import UserMistake
-from nas.latency import InterleavedResult, LatencyResult, Target, measure, measure_interleaved
-from nas.latency.measure import _clock, _relative_slope, median_interval
+from nas.latency import (
+    DeviceGate,
+    LatencyResult,
+    LeaseLost,
+    Options,
+    Plan,
+    Session,
+    Target,
+    measure,
+    measure_together,
+)
+from nas.latency.identity import Identity, comparable
+from nas.latency.measure import clock_of
+from nas.latency.reference import ReferenceTimes, reference_workload
 from nas.latency.runner import Times as _Times
-from nas.latency.runner import _like
+from nas.latency.self_test import SelfTest, agreement, self_test
+from nas.latency.statistics import median_interval
 
 ONE = Target.parse("cpu:1")
 
@@ -62,95 +76,8 @@ class Spy(nn.Module):
         return result
 
 
-# -- targets -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("cpu", Target("cpu")),
-        ("cpu:4", Target("cpu", threads=4)),
-        ("cpu:1@8", Target("cpu", threads=1, batch=8)),
-        ("cpu+bf16", Target("cpu", dtype="bf16")),
-        ("cuda", Target("cuda")),
-        ("cuda:0", Target("cuda:0")),
-        ("cuda:1+fp16", Target("cuda:1", dtype="fp16")),
-        ("cuda:0+bf16+compile@64", Target("cuda:0", dtype="bf16", compile=True, batch=64)),
-    ],
-)
-def test_targets_round_trip(text: str, expected: Target) -> None:
-    assert Target.parse(text) == expected
-    assert str(expected) == text
-
-
-def test_other_spellings_have_one_canonical_form() -> None:
-    assert str(Target.parse(" cuda:0+compile+bf16@1 ")) == "cuda:0+bf16+compile"
-    assert str(Target.parse("cpu:01+fp32")) == "cpu:1"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("gpu", "target 'gpu': unknown device 'gpu'.*allowed: cpu, cpu:THREADS, cuda or cuda:INDEX"),
-        ("cudaa", r"unknown device 'cudaa' \(did you mean 'cuda'\?\)"),
-        ("", "unknown device ''"),
-        ("cpu:", "threads '' must be a whole number from 1 to 1024"),
-        ("cpu:0", "threads '0' must be a whole number from 1"),
-        ("cpu:-1", "threads '-1' must be"),
-        ("cpu:1_0", "threads '1_0' must be"),
-        ("cuda:x", "device index 'x' must be a whole number from 0"),
-        ("cpu@0", "batch '0' must be a whole number from 1 to 1000000"),
-        ("cpu@", "batch '' must be"),
-        ("cpu@8@8", "batch '8@8' must be"),
-        ("cpu+compil", r"unknown option \+compil \(did you mean 'compile'\?\)"),
-        ("cpu+bf16+fp16", r"\+fp16 repeats or contradicts an option"),
-        ("cpu+compile+compile", r"\+compile repeats or contradicts"),
-        ("cpu@8+bf16", r"batch '8\+bf16' must be"),
-    ],
-)
-def test_a_wrong_target_says_what_is_allowed(text: str, message: str) -> None:
-    with pytest.raises(UserMistake, match=message) as caught:
-        Target.parse(text)
-    assert "\n" not in str(caught.value)
-
-
-@given(st.text(alphabet="cpuda:0123456789+bf16compile@ ", max_size=24))
-def test_no_text_crashes_the_parser(text: str) -> None:
-    try:
-        target = Target.parse(text)
-    except UserMistake:
-        return
-    assert Target.parse(str(target)) == target
-
-
-def test_check_refuses_more_threads_than_cores() -> None:
-    with pytest.raises(
-        UserMistake, match=rf"asks for 1024 threads, but this process may use {usable_cpus()} cores"
-    ):
-        Target.parse("cpu:1024").check()
-    Target.parse("cpu:1").check()
-    Target.parse("cpu").check()
-
-
-def test_check_without_cuda_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        UserMistake, match=r"\(--gpu\) asks for a CUDA device but torch sees none .*'nas doctor'"
-    ):
-        Target.parse("cuda:0+bf16").check()
-
-
-def test_check_names_the_devices_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserMistake, match=r"torch sees 2 CUDA device\(s\); allowed: cuda:0, cuda:1"):
-        Target.parse("cuda:2").check()
-
-
-def test_check_wants_a_compiler_for_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.latency.target.shutil.which", lambda name: None)
-    with pytest.raises(UserMistake, match=r"\+compile needs a C\+\+ compiler"):
-        Target.parse("cpu+compile").check()
+def deep(layers: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(layers)))
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -180,52 +107,60 @@ def test_interval_covers_the_median_as_often_as_it_says() -> None:
     assert 0.92 < hits / 400 <= 1.0
 
 
-def test_slope_is_relative_to_the_level() -> None:
-    assert _relative_slope([10.0, 11.0, 12.0, 13.0, 14.0]) == pytest.approx(1 / 12)
-    assert _relative_slope([5.0] * 5) == 0.0
-
-
 def test_cpu_time_is_the_clock_only_of_a_single_contended_thread() -> None:
     slowed = [_Times(wall=2.0, cpu=1.0, events=math.nan)] * 5
     clean = [_Times(wall=1.02, cpu=1.0, events=math.nan)] * 5
-    assert _clock(ONE, slowed) == "cpu"
-    assert _clock(ONE, clean) == "wall"
-    assert _clock(ONE, [*clean, _Times(wall=50.0, cpu=1.0, events=math.nan)]) == "wall"
-    assert _clock(Target("cpu", threads=2), slowed) == "wall"
-    assert _clock(Target("cuda"), slowed) == "events"
-
-
-def test_rotated_inputs_hold_the_same_values_in_another_order() -> None:
-    image = torch.randn(2, 3, 8, 8)
-    tokens = torch.tensor([[5, 6, 7, 8, 0, 0], [9, 9, 9, 9, 9, 0]])
-    mask = torch.tensor([True, False])
-    for x in (image, tokens):
-        copies = [_like(x, number) for number in range(4)]
-        assert len({tuple(copy.flatten().tolist()) for copy in copies}) == 4
-        assert all(torch.equal(copy.flatten().sort().values, x.flatten().sort().values) for copy in copies)
-        assert all(copy.shape == x.shape for copy in copies)
-    assert all((_like(tokens, n) == 0).sum(-1).tolist() == [2, 1] for n in range(4))
-    assert torch.equal(_like(mask, 1), mask)
+    assert clock_of(ONE, slowed) == "cpu"
+    assert clock_of(ONE, clean) == "wall"
+    assert clock_of(ONE, [*clean, _Times(wall=50.0, cpu=1.0, events=math.nan)]) == "wall"
+    assert clock_of(Target("cpu", threads=2), slowed) == "wall"
+    assert clock_of(Target("cuda"), slowed) == "events"
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_result_is_consistent_and_round_trips() -> None:
-    result = measure(nn.Linear(8, 8), (torch.randn(1, 8),), ONE, max_seconds=0.2)
+    result = measure(nn.Linear(8, 8), (torch.randn(1, 8),), ONE, max_seconds=30.0, precision=1e6)
     assert 0 < result.low_ms <= result.median_ms <= result.high_ms
-    assert result.median_ms <= result.p90_ms
-    assert result.samples >= 20
-    assert result.warmup_runs >= 3
+    assert 0 < result.raw_low_ms <= result.raw_median_ms <= result.raw_high_ms
+    assert result.median_ms == pytest.approx(result.ratio * result.reference_ms)
+    assert result.reference_ms == result.session_reference_ms
+    assert result.runs == 1 + result.warmup_runs + result.samples
+    assert result.rounds >= 9
+    assert 0 < result.quiet_rounds <= result.rounds
+    assert result.warmup_runs >= 1
     assert result.first_call_ms > 0
-    assert result.drift > 0
+    assert result.p99_ms is None
     assert result.cpu_ms is not None
     assert result.wall_cpu_ratio == pytest.approx(result.wall_ms / result.cpu_ms)
-    assert (result.target, result.threads, result.torch_version) == ("cpu:1", 1, torch.__version__)
-    assert result.median_ms == (result.cpu_ms if result.clock == "cpu" else result.wall_ms)
-    assert LatencyResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert (result.target, result.threads) == ("cpu:1", 1)
+    assert result.trusted == (not result.reasons)
+    assert result.holds(result.high_ms)
+    assert not result.holds(result.high_ms * 0.999)
+    again = LatencyResult.from_dict(json.loads(json.dumps(result.to_dict())))
+    assert again == dataclasses.replace(result, identity=again.identity)
     with pytest.raises(ValueError, match="LatencyResult: speed missing or unknown"):
         LatencyResult.from_dict({**result.to_dict(), "speed": 1})
+
+
+def test_the_identity_says_what_was_measured_under_which_conditions() -> None:
+    model, x = nn.Linear(8, 8), (torch.randn(2, 8),)
+    options = Options(keys={"a": "0123456789abcdef"}, priority="off")
+    plan = Plan(max_seconds=0.02)
+    found = measure_together(
+        {"a": (model, x), "b": (model, x)}, Target.parse("cpu:1@2"), plan=plan, options=options
+    )
+    a, b = (Identity.from_dict(found.results[name].identity) for name in "ab")
+    assert (a.key, b.key) == ("0123456789abcdef", None)
+    assert a.digest() == b.digest()
+    assert (a.batch, a.threads, a.dtype, a.runtime) == (2, 1, "fp32", "eager")
+    assert a.inputs == (((2, 8), "float32"),)
+    assert a.priority == found.results["a"].priority == "none"
+    other = measure(
+        model, (torch.randn(1, 8),), Target.parse("cpu:1+bf16"), max_seconds=0.02, options=options
+    )
+    assert comparable(a, Identity.from_dict(other.identity)) == ["dtype", "batch", "inputs"]
 
 
 def test_the_model_is_left_as_it_was_and_runs_in_the_right_state() -> None:
@@ -241,7 +176,8 @@ def test_the_model_is_left_as_it_was_and_runs_in_the_right_state() -> None:
     assert model.seen["modes"] == {(False, True, torch.bfloat16, torch.bfloat16)}
     assert model.seen["threads"] == {1}
     assert model.seen["collector"] == {False}
-    assert len({tuple(seen.flatten().tolist()) for seen in model.seen["inputs"]}) == 4
+    seen_values = {tuple(seen.flatten().tolist()) for seen in model.seen["inputs"]}
+    assert 1 < len(seen_values) <= 4
     assert all(seen is not x for seen in model.seen["inputs"])
     assert torch.get_num_threads() == threads
     assert gc.isenabled()
@@ -282,16 +218,18 @@ def test_a_model_that_caches_in_its_first_call_can_still_be_trained() -> None:
 
 def test_without_time_it_still_measures_and_says_it_is_not_precise() -> None:
     result = measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=1e-6)
-    assert result.samples == 3
+    assert result.rounds == 3
+    assert result.stopped == "time"
     assert not result.precise
     assert result.warmup_runs == 1
 
 
 def test_a_wide_precision_stops_early_and_an_impossible_one_does_not() -> None:
     model, x = nn.Linear(4, 4), (torch.randn(1, 4),)
-    assert measure(model, x, ONE, max_seconds=30.0, precision=1e6).precise
-    assert not measure(model, x, ONE, max_seconds=0.05, precision=1e-12).precise
-    assert not measure(model, x, ONE, max_seconds=0.05, precision=1e6, min_samples=10**9).precise
+    assert measure(model, x, ONE, max_seconds=30.0, precision=1e6).stopped == "precision"
+    assert measure(model, x, ONE, max_seconds=0.05, precision=1e-12).stopped == "time"
+    assert measure(model, x, ONE, max_seconds=0.05, precision=1e6, min_rounds=10**9).stopped == "time"
+    assert measure(model, x, ONE, max_seconds=30.0, precision=1e-12, limit_ms=1e6).stopped == "decision"
 
 
 @pytest.mark.parametrize(
@@ -299,7 +237,8 @@ def test_a_wide_precision_stops_early_and_an_impossible_one_does_not() -> None:
     [
         ({"max_seconds": 0.0}, "max_seconds=0.0 must be finite and above 0"),
         ({"precision": math.nan}, "precision=nan must be finite"),
-        ({"min_samples": 0}, "min_samples=0 must be finite and at least 1"),
+        ({"min_rounds": 2}, "min_rounds=2 must be finite and at least 3"),
+        ({"limit_ms": -1.0}, "limit_ms=-1.0 must be finite and above 0"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
@@ -314,75 +253,142 @@ def test_inputs_of_another_batch_are_refused() -> None:
         measure(nn.Linear(4, 4), (torch.randn(3, 4),), ONE)
 
 
+def test_one_scale_serves_all_measurements_of_a_run(tmp_path: Path) -> None:
+    options = Options(scale=tmp_path / "reference.json")
+    model, x = deep(3), (torch.randn(1, 64),)
+    first, second = (measure(model, x, ONE, max_seconds=0.1, options=options) for _ in range(2))
+    assert first.reference_ms == second.reference_ms
+    assert second.median_ms == pytest.approx(second.ratio * first.reference_ms)
+    assert len(json.loads((tmp_path / "reference.json").read_text())) == 1
+    other = measure(model, x, Target.parse("cpu:1+bf16"), max_seconds=0.1, options=options)
+    assert other.reference_ms != first.reference_ms
+    (tmp_path / "reference.json").write_text("{torn")
+    assert measure(model, x, ONE, max_seconds=0.1, options=options).median_ms > 0
+
+
+def test_reference_times_that_make_no_sense_are_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "reference.json"
+    path.write_text('{"a": 1.5, "b": "x", "c": -1, "d": NaN}')
+    kept = ReferenceTimes(path)
+    assert [kept.get(name) for name in "abcde"] == [1.5, None, None, None, None]
+    assert ReferenceTimes(None).get("a") is None
+
+
+def test_the_reference_is_always_the_same() -> None:
+    (one, x), (two, y) = reference_workload(ONE), reference_workload(ONE)
+    assert torch.equal(one(*x), two(*y))
+
+
+def test_a_lost_lease_ends_the_measurement(tmp_path: Path) -> None:
+    class Losing:
+        checks = 0
+
+        def check(self, patience: float | None = None) -> None:
+            self.checks += 1
+            if self.checks > 5:
+                raise LeaseLost("another process has it")
+
+    with pytest.raises(LeaseLost, match="another process"):
+        measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=5.0, precision=1e-12, lease=Losing())
+    with DeviceGate("cpu", tmp_path).exclusive() as lease:
+        assert (
+            measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=0.05, lease=lease).median_ms > 0
+        )
+
+
+def test_what_was_out_of_bounds_is_measured_again_and_then_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = iter([["a"], []])
+    monkeypatch.setattr(sys.modules["nas.latency.measure"], "judge", lambda *a, **k: next(verdicts))
+    x = (torch.randn(1, 4),)
+    assert measure(nn.Linear(4, 4), x, ONE, max_seconds=0.02).trusted
+    monkeypatch.setattr(
+        sys.modules["nas.latency.measure"], "judge", lambda *a, **k: ["steal 9 %, allowed 5 %"]
+    )
+    result = measure(nn.Linear(4, 4), x, ONE, max_seconds=0.02)
+    assert (result.trusted, result.reasons) == (False, ("steal 9 %, allowed 5 %",))
+
+
+def test_peak_memory_is_measured_where_asked_for() -> None:
+    class Hungry(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ones(64, 2**18).sum() + x  # 64 MiB
+
+    x, options = (torch.randn(1),), Options(memory=True, energy=True, retries=0)
+    result = measure(Hungry(), x, ONE, max_seconds=0.02, options=options)
+    assert result.peak_memory_bytes is None or 48 * 2**20 < result.peak_memory_bytes < 200 * 2**20
+    assert result.energy_mj is None or result.energy_mj > 0
+
+
 # -- measuring several -------------------------------------------------------------------------------------------------
 
 
-def deep(layers: int) -> nn.Module:
-    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(layers)))
-
-
-def test_interleaved_models_are_ranked_by_their_ratio_to_the_reference() -> None:
+def test_models_measured_together_are_ranked_and_compared() -> None:
     x = (torch.randn(1, 64),)
-    models = {"large": (deep(40), x), "reference": (deep(10), x), "small": (deep(1), x)}
-    found = measure_interleaved(models, ONE, 9, reference="reference")
-    assert list(found) == ["large", "reference", "small"]
-    assert found["small"].ratio < 1 < found["large"].ratio
-    assert (found["reference"].ratio, found["reference"].ratio_low, found["reference"].ratio_high) == (
-        1.0,
-        1.0,
-        1.0,
+    models = {"large": (deep(60), x), "small": (deep(5), x), "copy": (deep(5), x)}
+    told: list[dict[str, Any]] = []
+    found = measure_together(models, ONE, plan=Plan(5.0, 0.05), pairs=True, progress=told.append)
+    assert list(found.results) == ["large", "small", "copy"]
+    assert found.results["small"].ratio < found.results["large"].ratio
+    assert found.pair("small", "large").verdict == "faster"
+    assert found.pair("large", "small").verdict == "slower"
+    assert found.pair("large", "small").ratio == pytest.approx(1 / found.pair("small", "large").ratio)
+    assert len(found.pairs) == 3
+    assert found.drift
+    assert {event["visit"] for event in told if "visit" in event} == {"large", "small", "copy", "reference"}
+    assert Session.from_dict(json.loads(json.dumps(found.to_dict()))).to_dict() == json.loads(
+        json.dumps(found.to_dict())
     )
-    assert found["large"].rounds == 9
-    assert found["reference"].rounds == 9 * 3
-    assert len({result.clock for result in found.values()}) == 1
-    for result in found.values():
-        assert 0 < result.low_ms <= result.median_ms <= result.high_ms
-        assert result.ratio_low <= result.ratio <= result.ratio_high
-        assert InterleavedResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    with pytest.raises(KeyError):
+        found.pair("small", "unknown")
+    against = measure_together(models, ONE, plan=Plan(0.05), against="small")
+    assert {(pair.first, pair.second) for pair in against.pairs} == {("large", "small"), ("copy", "small")}
 
 
-def test_the_order_is_random_and_follows_the_seed() -> None:
-    def order(seed: int) -> list[str]:
-        seen: list[str] = []
+def test_several_lengths_are_one_measurement() -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
 
-        class Named(nn.Module):
-            def __init__(self, name: str):
-                super().__init__()
-                self.name = name
-
-            def forward(self, x: Tensor) -> Tensor:
-                seen.append(self.name)
-                return x
-
-        models = {name: (Named(name), (torch.zeros(1),)) for name in "rabcd"}
-        measure_interleaved(models, ONE, 5, seed=seed)
-        calls_per_visit = 4
-        rounds = seen[
-            -5 * calls_per_visit * 9 :
-        ]  # the reference first, then each of the four and the reference
-        return [name for name in rounds if name != "r"][::4]
-
-    first = order(0)
-    assert sorted(first) == sorted("abcd" * 5)
-    assert first == order(0)
-    assert first != order(1)
-    assert len({tuple(first[i : i + 4]) for i in range(0, 20, 4)}) > 1
-
-
-def test_one_model_alone_is_its_own_reference() -> None:
-    found = measure_interleaved({"only": (nn.Linear(4, 4), (torch.randn(1, 4),))}, ONE, 3)
-    assert found["only"].ratio == 1.0
-    assert found["only"].reference == "only"
+    sets = [(torch.randn(1, length, 4),) for length in (4, 8, 16)]
+    found = measure_together({"m": (Tokens(), sets)}, Target.parse("cpu:1/4-16"), plan=Plan(0.02))
+    assert len(found.results["m"].identity["inputs"]) == 3
 
 
 def test_wrong_sets_of_models_are_refused() -> None:
     x = (torch.randn(1, 4),)
     with pytest.raises(UserMistake, match="there is none to measure"):
-        measure_interleaved({}, ONE)
-    with pytest.raises(UserMistake, match="reference='b' is not among the models: a"):
-        measure_interleaved({"a": (nn.Linear(4, 4), x)}, ONE, reference="b")
-    with pytest.raises(UserMistake, match="rounds=2 must be finite and at least 3"):
-        measure_interleaved({"a": (nn.Linear(4, 4), x)}, ONE, 2)
+        measure_together({}, ONE)
+    with pytest.raises(UserMistake, match="against='b' is not among the models: a"):
+        measure_together({"a": (nn.Linear(4, 4), x)}, ONE, against="b")
+
+
+# -- self-test ---------------------------------------------------------------------------------------------------------
+
+
+def test_agreement_of_two_measurements() -> None:
+    first = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    assert agreement(first, first) == (1.0, 0.0)
+    tau, deviation = agreement(first, {"a": 1.0, "b": 2.2, "c": 3.3, "d": 3.2})
+    assert tau == pytest.approx(2 / 3)
+    assert deviation == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("tau", "deviation", "passed"),
+    [(0.95, 0.03, True), (0.94, 0.0, False), (1.0, 0.031, False)],
+)
+def test_the_self_test_refuses_what_does_not_repeat(tau: float, deviation: float, passed: bool) -> None:
+    assert SelfTest("cpu:1", tau, deviation, "wall", "none", (), {}, {}).passed is passed
+
+
+def test_the_self_test_measures_ten_models_twice() -> None:
+    found = self_test(ONE, max_seconds=0.01)
+    assert len(found.first_ms) == len(found.second_ms) == 10
+    assert -1 <= found.tau <= 1
+    assert json.loads(json.dumps(found.to_dict()))["passed"] is found.passed
+
+
+# -- runtimes and devices ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -390,15 +396,15 @@ def test_wrong_sets_of_models_are_refused() -> None:
 def test_compiled_models_of_one_class_are_all_compiled() -> None:
     x = (torch.randn(1, 64),)
     models = {f"m{layers}": (deep(layers), x) for layers in range(1, 11)}
-    found = measure_interleaved(models, Target.parse("cpu:1+compile"), 3)
-    assert len(found) == 10
+    found = measure_together(models, Target.parse("cpu:1+compile"), plan=Plan(0.1))
+    assert len(found.results) == 10
     assert measure(deep(2), x, Target.parse("cpu:1+compile"), max_seconds=0.1).target == "cpu:1+compile"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("text", ["cuda", "cuda:0+bf16", "cuda:0+fp16@4"])
-def test_on_a_gpu_events_are_the_clock(text: str) -> None:
+def test_on_a_gpu_events_are_theclock_of(text: str) -> None:
     target = Target.parse(text)
     model = deep(4)
     result = measure(model, (torch.randn(target.batch, 64),), target, max_seconds=0.5)
@@ -407,5 +413,5 @@ def test_on_a_gpu_events_are_the_clock(text: str) -> None:
     assert result.threads is None
     assert result.contended is None
     assert next(model.parameters()).device.type == "cpu"
-    found = measure_interleaved({"a": (model, (torch.randn(target.batch, 64),))}, target, 3)
-    assert found["a"].clock == "events"
+    found = measure_together({"a": (model, (torch.randn(target.batch, 64),))}, target, plan=Plan(0.1))
+    assert found.results["a"].clock == "events"

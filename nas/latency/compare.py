@@ -1,0 +1,75 @@
+"""Which of two models is faster, decided only where their intervals allow it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from nas.latency.result import Pair, Verdict
+from nas.latency.rounds import SURE, Rounds, Track, quietest
+from nas.latency.statistics import median_interval
+
+__all__ = ["MARGIN", "all_decided", "compare", "compare_all"]
+
+LEAST_PAIRED = 9
+
+MARGIN = 0.01
+"""Two copies of one model differ by up to about this share, because their weights lie elsewhere in memory."""
+
+
+def compare(
+    first: Track, second: Track, clock: str, *, ceiling: float = math.inf, margin: float = MARGIN
+) -> Pair:
+    """The pair's verdict from the rounds in which both were visited while the reference was below ``ceiling``.
+
+    The ratio of each round is taken between the two models' ratios to the reference, so that what the machine did
+    between the two visits does not count. Its median's interval comes from order statistics and holds at 99.5 %.
+    """
+    ratios = _paired(first, second, clock, ceiling)
+    if not ratios:  # they never met
+        return Pair(first.name, second.name, math.nan, math.nan, math.nan, "cannot tell", margin, 0)
+    low, high = median_interval(ratios, SURE)
+    # With fewer values no interval is that sure, whatever they say.
+    verdict = _verdict(low, high, margin) if len(ratios) >= LEAST_PAIRED else "cannot tell"
+    return Pair(first.name, second.name, statistics.median(ratios), low, high, verdict, margin, len(ratios))
+
+
+def compare_all(rounds: Rounds, *, against: str | None = None, margin: float = MARGIN) -> tuple[Pair, ...]:
+    """Every two models of a session in the order given, or each against the one named ``against``."""
+    clock, ceiling = rounds.clock, rounds.ceiling()
+    return tuple(
+        compare(a, b, clock, ceiling=ceiling, margin=margin)
+        for a, b in _couples(list(rounds.tracks.values()), against)
+    )
+
+
+def all_decided(rounds: Rounds, precision: float, *, against: str | None, margin: float = MARGIN) -> bool:
+    """Whether more rounds would change no verdict: each is clear, or its ratio is known to ``precision``."""
+    pairs = compare_all(rounds, against=against, margin=margin)
+    return all(
+        pair.rounds >= rounds.plan.min_rounds
+        and (pair.verdict != "cannot tell" or (pair.high - pair.low) / 2 <= precision * pair.ratio)
+        for pair in pairs
+    )
+
+
+def _couples(tracks: Sequence[Track], against: str | None) -> Iterable[tuple[Track, Track]]:
+    if against is None:
+        return itertools.combinations(tracks, 2)
+    base = next(track for track in tracks if track.name == against)
+    return [(track, base) for track in tracks if track is not base]
+
+
+def _paired(first: Track, second: Track, clock: str, ceiling: float) -> list[float]:
+    others = {visit.round: visit for visit in second.visits}
+    couples = [(visit, others[visit.round]) for visit in first.visits if visit.round in others]
+    quiet = quietest(couples, lambda two: max(visit.noise(clock) for visit in two), ceiling, LEAST_PAIRED)
+    return [mine.ratio(clock) / theirs.ratio(clock) for mine, theirs in quiet]
+
+
+def _verdict(low: float, high: float, margin: float) -> Verdict:
+    if high < 1 - margin:
+        return "faster"
+    return "slower" if low > 1 + margin else "cannot tell"

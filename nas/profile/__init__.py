@@ -1,0 +1,44 @@
+"""Parameters, multiply-accumulates and activations of a model, by three counters under one convention.
+
+The convention:
+
+- One MAC is one multiply-accumulate of a matrix product or a convolution. Both products of attention count, all of
+  their queries x keys whatever the mask; products with padding count, as kernels do them. A complex one counts once.
+- A Fourier transform of N points in all counts 2.5 N log2 N, half of that where one side is real.
+- Nothing else counts: no bias, norm, softmax, activation, pooling, resizing, embedding look-up, data movement
+  (unfold and fold among it) or other element-wise work.
+- Activations are the numbers that counted products write, attention scores among them.
+- Parameters are counted once wherever they are shared; buffers are none.
+
+What works hard and has no formula (grid_sample, cdist, decompositions, kernels of other libraries that nobody told us
+about with ``register_formula``) is named in ``uncounted``, never dropped silently.
+
+The three look at a model at three levels: fvcore at the trace of what it calls, thop at its modules, torch's
+FlopCounterMode at the operators that reach a device. None is right alone (fused attention is invisible to all three);
+the modules ``by_fvcore``, ``by_thop`` and ``by_torch`` say what is theirs and what is ours. All count a copy on
+tensors without data where the model runs so.
+
+>>> from torch import nn, empty
+>>> compare(nn.Linear(3, 5), (empty(7, 3),)).counts["thop"].macs
+105
+"""
+
+from __future__ import annotations
+
+from nas.profile.comparison import COUNTERS, Comparison, Disagreement, compare, count
+from nas.profile.default import Profile, profile
+from nas.profile.formulas import register_formula
+from nas.profile.tally import Count, inclusive
+
+__all__ = [
+    "COUNTERS",
+    "Comparison",
+    "Count",
+    "Disagreement",
+    "Profile",
+    "compare",
+    "count",
+    "inclusive",
+    "profile",
+    "register_formula",
+]

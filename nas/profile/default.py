@@ -1,0 +1,85 @@
+"""The figures that every candidate of a search gets: by one counter, with what it leaves out named beside them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from nas.profile.by_torch import count_by_torch
+from nas.profile.skeleton import empty, skeleton
+
+__all__ = ["Profile", "profile", "with_or_without_data"]
+
+logger = logging.getLogger("nas.profile")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model costs to keep and to run once.
+
+    Attributes:
+        params: numbers in all parameters, shared ones once.
+        trainable: those of them that a training changes.
+        macs: multiply-accumulates of one call with the given inputs, all samples of the batch together.
+        uncounted: operators that did work which ``macs`` does not contain, by name; to be shown beside ``macs``.
+        method: ``meta`` (without data) or ``data``, when the model's control flow needs the values of its inputs and
+            ``macs`` therefore holds for inputs like these.
+    """
+
+    params: int
+    trainable: int
+    macs: int
+    uncounted: tuple[str, ...] = ()
+    method: str = "meta"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "uncounted": list(self.uncounted)}
+
+
+def profile(model: nn.Module, inputs: Sequence[Tensor]) -> Profile:
+    """Count ``model`` as it runs in evaluation mode, by FlopCounterMode; it is not changed, its weights are not copied.
+
+    Args:
+        model: on any device.
+        inputs: what it is called with; only shapes and types matter unless its control flow reads values. With one
+            sample, ``macs`` is the cost of one sample.
+
+    Raises:
+        Exception: whatever the model raises when called with ``inputs``.
+    """
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tally, method = with_or_without_data(count_by_torch, model, inputs)
+    macs = sum(work.macs for work in tally.own.values())
+    return Profile(tally.params, trainable, macs, tuple(sorted(tally.uncounted)), method)
+
+
+def with_or_without_data(
+    count: Callable[[nn.Module, Sequence[Tensor]], T], model: nn.Module, inputs: Sequence[Tensor]
+) -> tuple[T, str]:
+    """``count`` on a copy without data and "meta", or if it cannot run so, on a full copy and "data"."""
+    try:
+        return count(_frozen(skeleton(model)), [empty(x) for x in inputs]), "meta"
+    except (
+        Exception
+    ) as error:  # anything may go wrong without data; with data the model's own errors come out
+        logger.info(
+            "%s cannot run without data (%s); counted with data", type(model).__name__, _first_line(error)
+        )
+    return count(_frozen(copy.deepcopy(model)), [x.detach() for x in inputs]), "data"
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """FlopCounterMode follows gradients, and stumbles over parameters that a module is called with."""
+    return model.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,132 @@
+"""Latency of one candidate: predicted where that is enough to discard it, else measured alone on its device."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nas.errors import TrialFailure
+from nas.latency import DeviceGate, LatencyResult, LeaseLost, Options, Session, Target, measure
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nas.latency.measure import Lease
+    from nas.tasks.base import Task
+
+__all__ = ["against", "alone_on", "measure_candidate", "over_budget", "predicted_over_budget"]
+
+logger = logging.getLogger(__name__)
+
+LEAST_MEASURED = 10
+"""Measurements of a run from which on the latency of further candidates is predicted."""
+
+_T = TypeVar("_T")
+_TAKEOVERS = 3
+
+
+def over_budget(budget: float | None, latency: Mapping[str, Any]) -> str | None:
+    """Why a measured latency does not hold the budget (milliseconds): only the upper end of its interval counts."""
+    if budget is None or latency["high_ms"] <= budget:
+        return None
+    interval = f"{latency['median_ms']:.3g} ms ({latency['low_ms']:.3g}-{latency['high_ms']:.3g})"
+    how = "exceed" if latency["low_ms"] > budget else "may exceed"
+    return f"{interval} {how} the latency budget of {budget:g} ms"
+
+
+def predicted_over_budget(skeleton: nn.Module, task: Task, payload: Mapping[str, Any]) -> str | None:
+    """Why the candidate is surely over the latency budget; None when it is not, or nobody can tell yet.
+
+    The predictor is fitted anew to what the run has measured under the conditions of its latest measurement.
+    Given architectures are always measured, so that a report can compare with them.
+    """
+    config, measured = payload["config"], payload.get("measured") or []
+    budget = config["latency_budget"]
+    if budget is None or payload.get("named") or len(measured) < LEAST_MEASURED:
+        return None
+    from nas.latency.prediction import LatencyPredictor, decide
+
+    identity = measured[-1]["conditions"]
+    samples = [sample for sample in measured if sample["conditions"] == identity]
+    if len(samples) < LEAST_MEASURED:
+        return None
+    predictor = LatencyPredictor(identity=identity, coverage=0.99 if len(samples) >= 100 else 0.95)
+    predictor.fit([sample["work"] for sample in samples], [sample["median_ms"] for sample in samples])
+    found = predictor.predict(_work(skeleton, task, Target.parse(config["target"])))
+    if decide(found, budget) != "over":
+        return None
+    return (
+        f"predicted {found.median_ms:.3g} ms ({found.low_ms:.3g}-{found.high_ms:.3g}, from {len(samples)} measured), "
+        f"surely over the latency budget of {budget:g} ms; not built"
+    )
+
+
+def measure_candidate(
+    model: nn.Module, task: Task, target: Target, payload: Mapping[str, Any], *, seconds: float = 1.5
+) -> dict[str, Any]:
+    """JSON form of the latency on ``target``, with the counted ``work`` and the ``conditions`` beside it.
+
+    Raises TrialFailure when the latency is no number, or the device was lost to others again and again.
+    """
+    from nas.latency.identity import Identity
+    from nas.latency.prediction import pooled_identity
+
+    # Before the search there is no run directory yet, and nothing may be written.
+    scale = Path(payload["scale"]) if "scale" in payload else None
+    options = Options(scale=scale, keys={"model": payload["key"]} if "key" in payload else {})
+    inputs = task.example_inputs(target.batch, target.torch_device())
+
+    def alone(lease: Lease) -> LatencyResult:
+        return measure(
+            model,
+            inputs,
+            target,
+            max_seconds=seconds,
+            limit_ms=payload["config"]["latency_budget"],
+            options=options,
+            lease=lease,
+        )
+
+    result = alone_on(target, alone)
+    if not math.isfinite(result.median_ms) or result.median_ms <= 0:
+        raise TrialFailure("nan", f"latency is {result.median_ms}")
+    return {
+        **result.to_dict(),
+        "work": _work(model, task, target),
+        "conditions": pooled_identity(Identity.from_dict(result.identity).to_dict()),
+    }
+
+
+def alone_on(target: Target, work: Callable[[Lease], _T]) -> _T:
+    """Do ``work`` while nothing else of ours runs on the device; again if another process took it over meanwhile.
+
+    Raises TrialFailure when that happens several times.
+    """
+    for _ in range(_TAKEOVERS):
+        try:
+            with DeviceGate(str(target.torch_device())).exclusive() as lease:
+                return work(lease)
+        except LeaseLost as lost:
+            logger.info("measured again: %s", lost)
+    raise TrialFailure("error", f"the device was taken over {_TAKEOVERS} times during the measurement")
+
+
+def against(found: Session, label: str, base: str) -> dict[str, Any]:
+    """JSON form of a result with its ratio to ``base`` in place of that to the reference workload."""
+    measured = found.results[label].to_dict()
+    if label == base:
+        return {**measured, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "verdict": None}
+    pair = found.pair(label, base)
+    ratios = {"ratio": pair.ratio, "ratio_low": pair.low, "ratio_high": pair.high}
+    return {**measured, **ratios, "verdict": pair.verdict}
+
+
+def _work(model: nn.Module, task: Task, target: Target) -> dict[str, float]:
+    import torch
+
+    from nas.latency.prediction import count_work
+
+    return count_work(model, task.example_inputs(target.batch, torch.device("cpu"))).to_dict()

@@ -1,0 +1,330 @@
+"""The measuring rounds on simulated machines: what is true is known there, so it can be seen whether it is found."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import bootstrap
+
+from nas.latency.compare import all_decided, compare, compare_all
+from nas.latency.rounds import Plan, Rounds, Track, calls_of, median_times
+from nas.latency.runner import Times
+from nas.latency.statistics import (
+    bootstrap_interval,
+    drift,
+    median_interval,
+    percentile,
+    relative_slope,
+    splits,
+)
+
+
+class Machine:
+    """Time passes only while something runs; ``slowness`` is what a drifting machine multiplies it with."""
+
+    def __init__(
+        self, seed: int = 0, noise: float = 0.0, slowness: Callable[[float], float] = lambda at: 1.0
+    ):
+        self.at = 0.0
+        self.seen: list[str] = []
+        self._rng, self._noise, self._slowness = random.Random(seed), noise, slowness
+
+    def model(self, name: str, milliseconds: float, cold: Sequence[float] = ()) -> Callable[[], Times]:
+        extra = list(cold)
+
+        def run() -> Times:
+            self.seen.append(name)
+            ms = milliseconds * self._slowness(self.at) * math.exp(self._rng.gauss(0, self._noise))
+            ms += extra.pop(0) if extra else 0.0
+            self.at += ms / 1000
+            return Times(ms, ms, math.nan)
+
+        return run
+
+    def now(self) -> float:
+        return self.at
+
+    def session(self, models: dict[str, float], plan: Plan, **options: object) -> Rounds:
+        made = {name: self.model(name, ms) for name, ms in models.items()}
+        rounds = Rounds(
+            made, self.model("reference", 1.0), plan, lambda calls: "wall", now=self.now, **options
+        )  # type: ignore[arg-type]
+        rounds.warm_up()
+        rounds.run()
+        return rounds
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_interval_is_that_of_scipy() -> None:
+    values = np.random.default_rng(3).lognormal(0, 0.1, 40)
+    theirs = bootstrap(
+        (values,), np.median, n_resamples=20000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    low, high = bootstrap_interval(values.tolist())
+    assert low == pytest.approx(theirs.low, rel=0.01)
+    assert high == pytest.approx(theirs.high, rel=0.01)
+    assert bootstrap_interval(values.tolist()) == (low, high)
+    assert bootstrap_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_intervals_hold_the_median(values: list[float]) -> None:
+    middle = statistics.median(values)
+    for low, high in (bootstrap_interval(values), median_interval(values), median_interval(values, 0.995)):
+        assert min(values) <= low <= middle <= high <= max(values)
+
+
+def test_order_statistics_cover_as_often_as_they_say() -> None:
+    rng = random.Random(1)
+    for confidence in (0.95, 0.995):
+        hits = 0
+        for _ in range(2000):
+            low, high = median_interval([rng.gauss(0, 1) for _ in range(15)], confidence)
+            hits += low <= 0 <= high
+        assert hits / 2000 >= confidence - 0.01
+
+
+def test_tails_need_samples() -> None:
+    values = [float(i) for i in range(1, 1001)]
+    assert percentile(values[:99], 0.9) is None
+    assert percentile(values[:100], 0.9) == 90.0
+    assert percentile(values[:999], 0.99) is None
+    assert percentile(values, 0.99) == 990.0
+
+
+def test_trends() -> None:
+    assert relative_slope([1.0, 1.1, 1.2, 1.3, 1.4]) == pytest.approx(0.1 / 1.2)
+    assert drift([1.0] * 5 + [2.0] * 5) == 2.0
+    assert splits([1.0, 1.01] * 20) == []
+    assert splits([1.0] * 20 + [9.0] + [1.0] * 20) == []
+    assert len(splits([1.0] * 20 + [1.1] * 20)) == 1
+    assert len(splits([1.0] * 20 + [1.1] * 20 + [1.0] * 20)) == 2
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_stands_before_and_after_every_visit_and_the_order_is_random() -> None:
+    machine = Machine(noise=1e-3)
+    plan = Plan(1e9, 1e-9, 9, most_rounds=12)
+    rounds = machine.session({"a": 5.0, "b": 6.0, "c": 7.0}, plan)
+    warm = sum(t.runs - len(t.samples) for t in (rounds.reference, *rounds.tracks.values()))
+    visits = [name for name, _ in itertools.groupby(machine.seen[warm:])]
+    assert visits[0::2] == ["reference"] * (12 * 3 + 1)
+    order = [name for name in visits if name != "reference"]
+    groups = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert all(sorted(group) == ["a", "b", "c"] for group in groups)
+    assert len(set(groups)) > 2
+    again = Machine(noise=1e-3)
+    again.session({"a": 5.0, "b": 6.0, "c": 7.0}, plan)
+    assert again.seen == machine.seen
+    other = Machine(noise=1e-3)
+    other.session({"a": 5.0, "b": 6.0, "c": 7.0}, Plan(1e9, 1e-9, 9, most_rounds=12, seed=1))
+    assert other.seen != machine.seen
+
+
+def test_a_drifting_machine_does_not_show_in_the_ratios() -> None:
+    """It gets three times slower during the session; the plain median is far off, the ratio is not."""
+    machine = Machine(noise=0.003, slowness=lambda at: 1 + at)
+    rounds = machine.session({"model": 8.0}, Plan(2.0, 1e-9, 9))
+    track = rounds.tracks["model"]
+    raw = statistics.median(visit.times.wall for visit in track.visits)
+    assert raw > 1.5 * 8.0
+    assert statistics.median(visit.ratio("wall") for visit in track.visits) == pytest.approx(8.0, rel=0.01)
+    assert drift(rounds.reference_times()) > 1.3
+
+
+def test_each_reason_to_stop() -> None:
+    precise = Machine(noise=0.005).session({"m": 5.0}, Plan(1e9, 0.01))
+    assert precise.tracks["m"].stopped == "precision"
+    assert precise.number == 9
+    sure = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=7.0))
+    assert sure.tracks["m"].stopped == "decision"
+    assert sure.number == 9
+    near = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=5.1))
+    assert near.tracks["m"].stopped == "decision"
+    assert near.number > 12
+    late = Machine(noise=0.05).session({"m": 5.0}, Plan(0.5, 1e-9))
+    assert late.tracks["m"].stopped == "time"
+    hopeless = Machine().session({"m": 5.0}, Plan(1e-9, 1e-9))
+    assert (hopeless.tracks["m"].stopped, hopeless.number) == ("time", 3)
+
+
+def test_one_candidate_to_one_per_cent_within_about_forty_runs() -> None:
+    """With call noise of 1 %, as a real-time process on a shared machine has it."""
+    runs = [
+        Machine(seed, noise=0.01).session({"m": 8.0}, Plan(1e9, 0.01)).tracks["m"].runs for seed in range(20)
+    ]
+    settled = [run - 25 for run in runs]  # 0.2 s of warm-up are 25 calls of this model
+    assert statistics.median(settled) <= 40
+
+
+def test_a_model_is_warm_before_it_is_timed() -> None:
+    machine = Machine()
+    cold = [float(5 * 0.5**i) for i in range(20)]
+    rounds = Rounds(
+        {"m": machine.model("m", 10.0, cold)},
+        machine.model("reference", 1.0),
+        Plan(1e9, 0.01),
+        lambda calls: "wall",
+        now=machine.now,
+    )
+    rounds.warm_up()
+    track = rounds.tracks["m"]
+    assert track.first.wall == 15.0
+    assert track.warmup_runs >= 20  # 0.2 s
+    rounds.run()
+    assert all(t.wall == pytest.approx(10.0, rel=1e-4) for t in track.samples)
+
+
+def test_without_time_the_warm_up_is_short() -> None:
+    machine = Machine()
+    rounds = machine.session({"m": 1000.0}, Plan(0.1, 0.01))
+    assert rounds.tracks["m"].warmup_runs == 1
+    assert rounds.tracks["m"].runs == 2 + 3  # one call for a visit to so slow a model
+
+
+def test_after_a_change_of_level_models_that_were_done_are_visited_again() -> None:
+    machine = Machine(noise=0.002, slowness=lambda at: 1.0 if at < 3.0 else 1.2)
+    made = {"steady": machine.model("steady", 5.0), "noisy": _noisy(machine)}
+    rounds = Rounds(
+        made, machine.model("reference", 1.0), Plan(6.0, 0.001), lambda calls: "wall", now=machine.now
+    )
+    rounds.warm_up()
+    rounds.run()
+    visits = [visit.round for visit in rounds.tracks["steady"].visits]
+    assert rounds.splits == 1
+    assert max(b - a for a, b in itertools.pairwise(visits)) > 1, "it had been done"
+    slow = [visit for visit in rounds.tracks["steady"].visits if visit.before.wall > 1.1]
+    assert len(slow) >= 4
+
+
+def _noisy(machine: Machine) -> Callable[[], Times]:
+    rng = random.Random(5)
+    quiet = machine.model("noisy", 5.0)
+
+    def run() -> Times:
+        times = quiet()
+        factor = math.exp(rng.gauss(0, 0.3))
+        return Times(times.wall * factor, times.cpu * factor, math.nan)
+
+    return run
+
+
+def test_who_is_touched_is_told_before() -> None:
+    told: list[str] = []
+    Machine().session({"a": 1.0, "b": 1.0}, Plan(1e-9, 0.5), on_visit=told.append)
+    assert told[:6] == ["reference", "a", "b", "reference", "a", "b"]
+    assert told.count("a") == told.count("b") == 2 + 3
+
+
+def test_a_given_scale_is_used_instead_of_the_sessions_own() -> None:
+    rounds = Machine(slowness=lambda at: 2.0).session({"m": 5.0}, Plan(1e9, 0.01), scale_ms=1.0)
+    assert rounds.long_run_ms() == 1.0
+    assert statistics.median(rounds.reference_times()) == pytest.approx(2.0)
+    assert statistics.median(rounds.ratios(rounds.tracks["m"])) * rounds.long_run_ms() == pytest.approx(5.0)
+
+
+def test_calls_of_a_visit() -> None:
+    def of(ms: float) -> int:
+        return calls_of(Times(ms, ms, math.nan))
+
+    assert [of(0.01), of(0.5), of(2.0), of(100.0), of(200.0)] == [15, 6, 3, 3, 1]
+
+
+def test_medians_of_all_clocks() -> None:
+    assert median_times([Times(1, 2, 3), Times(3, 4, 5), Times(9, 9, 9)]) == Times(3, 4, 5)
+
+
+def test_only_quiet_visits_decide() -> None:
+    """Half of the time another core is busy; the model suffers more from it than the reference does."""
+    truth = []
+    for seed in range(10):
+        machine = Machine(seed, noise=0.01)
+        rng = random.Random(seed)
+        busy = [rng.random() < 0.5 for _ in range(10_000)]
+
+        def slow(ms: float, factor: float, machine: Machine = machine, busy: list[bool] = busy) -> float:
+            return ms * (factor if busy[int(machine.at / 0.1)] else 1.0)
+
+        def of(name: str, ms: float, factor: float, machine: Machine = machine, slow: Any = slow) -> Any:
+            quiet = machine.model(name, 1.0)
+            return lambda: Times(*(quiet().wall * slow(ms, factor) for _ in range(2)), math.nan)
+
+        rounds = Rounds(
+            {"m": of("m", 5.0, 1.6)},
+            of("reference", 1.0, 1.4),
+            Plan(3.0, 1e-9),
+            lambda c: "wall",
+            now=machine.now,
+        )
+        rounds.warm_up()
+        rounds.run()
+        track = rounds.tracks["m"]
+        assert len(track.quiet("wall", rounds.ceiling(), 0)) < len(track.visits)
+        truth.append(statistics.median(rounds.ratios(track)))
+        assert rounds.session_ms() == pytest.approx(1.0, rel=0.03)
+    assert all(ratio == pytest.approx(5.0, rel=0.02) for ratio in truth)
+
+
+# -- comparison --------------------------------------------------------------------------------------------------------
+
+
+def duel(seed: int, first: float, second: float, noise: float = 0.015) -> tuple[str, int]:
+    machine = Machine(seed, noise, slowness=lambda at: 1 + 0.2 * math.sin(at))
+    rounds = machine.session(
+        {"a": first, "b": second},
+        Plan(20.0, 0.01, together=True, seed=seed),
+        done=lambda found: all_decided(found, 0.01, against=None),
+    )
+    return compare(rounds.tracks["a"], rounds.tracks["b"], "wall").verdict, rounds.number
+
+
+def test_a_model_against_itself_cannot_be_told_apart() -> None:
+    assert sum(duel(seed, 5.0, 5.0)[0] == "cannot tell" for seed in range(100)) >= 98
+
+
+def test_five_per_cent_are_found_and_never_the_wrong_way_round() -> None:
+    found = [duel(seed, 5.0, 5.25) for seed in range(100)]
+    assert sum(verdict == "faster" for verdict, _ in found) >= 98
+    assert not any(verdict == "slower" for verdict, _ in found)
+    assert statistics.median(number for _, number in found) <= 40
+
+
+def test_pairs_against_one_or_all() -> None:
+    rounds = Machine(noise=0.01).session(
+        {"a": 5.0, "b": 6.0, "c": 7.0},
+        Plan(30.0, 0.01, together=True),
+        done=lambda found: all_decided(found, 0.01, against=None),
+    )
+    assert [(p.first, p.second, p.verdict) for p in compare_all(rounds)] == [
+        ("a", "b", "faster"),
+        ("a", "c", "faster"),
+        ("b", "c", "faster"),
+    ]
+    assert [(p.first, p.verdict) for p in compare_all(rounds, against="b")] == [
+        ("a", "faster"),
+        ("c", "slower"),
+    ]
+    assert {track.stopped for track in rounds.tracks.values()} == {"decision"}
+
+
+def test_too_few_rounds_decide_nothing() -> None:
+    rounds = Machine().session({"a": 1.0, "b": 9.0}, Plan(1e-9, 0.01, together=True))
+    pair = compare(rounds.tracks["a"], rounds.tracks["b"], "wall")
+    assert (pair.verdict, pair.rounds) == ("cannot tell", 3)
+    nothing = compare(rounds.tracks["a"], Track("c", lambda: Times(1, 1, 1)), "wall")
+    assert (nothing.verdict, nothing.rounds) == ("cannot tell", 0)
+    assert math.isnan(nothing.ratio)
