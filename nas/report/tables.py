@@ -31,9 +31,9 @@ __all__ = [
     "candidate_line",
     "failures_table",
     "finalists_table",
-    "judgement",
     "front_table",
     "interval_text",
+    "judgement",
     "latency_text",
     "trial_columns",
 ]

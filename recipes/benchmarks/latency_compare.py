@@ -2,8 +2,8 @@
 
     python -m recipes.benchmarks.latency_compare --pairs 100 --out recipes/results/latency_compare.json
 
-One thread of a CPU. Every comparison builds both models anew, in random order; widths and image sizes vary. A copy should
-be ``cannot tell``; twenty blocks against twenty-one should be ``faster`` and must never be ``slower``.
+One thread of a CPU. Every comparison builds both models anew, in random order; widths and image sizes vary. A copy
+should be ``cannot tell``; twenty blocks against twenty-one should be ``faster`` and must never be ``slower``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ BLOCKS = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=100, help="comparisons of each kind")
     parser.add_argument("--load", type=int, default=0, help="processes that load the machine at random")
     parser.add_argument("--seconds", type=float, default=6.0, help="at most, for one comparison")
@@ -44,7 +46,10 @@ def main() -> None:
             for kind, more in (("copy", 0), ("5 % slower", 1)):
                 found[kind].append(duel(rng, more, given.seconds, given.priority))
             if number % 10 == 9:
-                print(number + 1, {kind: dict(Counter(p["verdict"] for p in pairs)) for kind, pairs in found.items()})
+                print(
+                    number + 1,
+                    {kind: dict(Counter(p["verdict"] for p in pairs)) for kind, pairs in found.items()},
+                )
     summary = {kind: summarise(pairs) for kind, pairs in found.items()}
     print(json.dumps(summary, indent=1))
     if given.out is not None:
@@ -72,11 +77,19 @@ def duel(rng: random.Random, more: int, seconds: float, priority: str) -> dict[s
     )
     pair = session.pair("base", "other")
     base = session.results["base"]
-    return {**pair.to_dict(), "runs": base.runs, "seconds": base.seconds, "clock": base.clock, "trusted": base.trusted}
+    return {
+        **pair.to_dict(),
+        "runs": base.runs,
+        "seconds": base.seconds,
+        "clock": base.clock,
+        "trusted": base.trusted,
+    }
 
 
 def vit(width: int, size: int, depth: int) -> VisionTransformer:
-    return VisionTransformer(img_size=size, embed_dim=width, depth=depth, num_heads=width // 32, num_classes=10).eval()
+    return VisionTransformer(
+        img_size=size, embed_dim=width, depth=depth, num_heads=width // 32, num_classes=10
+    ).eval()
 
 
 def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -37,7 +37,9 @@ Models = dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", type=int, default=30)
     parser.add_argument("--load", type=int, default=0, help="processes that load the machine at random")
     parser.add_argument("--seconds", type=float, default=60.0, help="for one session of ours")
@@ -62,7 +64,9 @@ def main() -> None:
                 found[name]["sessions"].append(times)
                 found[name]["seconds"].append(round(time.perf_counter() - began, 1))
                 found[name]["facts"].append(facts)
-                print(f"session {session + 1}: {name}: {found[name]['seconds'][-1]} s, load {os.getloadavg()[0]:.1f}")
+                print(
+                    f"session {session + 1}: {name}: {found[name]['seconds'][-1]} s, load {os.getloadavg()[0]:.1f}"
+                )
     for name, entry in found.items():
         entry["tau"], entry["median_deviation"] = agreement(*entry["sessions"])
         print(f"{name:24} tau {entry['tau']:.3f}  median deviation {entry['median_deviation']:.2%}")
@@ -91,11 +95,22 @@ def build(count: int, seed: int) -> Models:
             (torch.randn(1, 3, 32, 32),),
         )
     while len(models) < count:
-        depth, width, size = rng.randint(4, 12), rng.choice([128, 192, 256, 320, 384]), rng.choice([96, 128, 160])
-        model = timm.models.vision_transformer.VisionTransformer(
-            img_size=size, embed_dim=width, depth=depth, num_heads=width // 32, mlp_ratio=rng.choice([2, 3, 4])
+        depth, width, size = (
+            rng.randint(4, 12),
+            rng.choice([128, 192, 256, 320, 384]),
+            rng.choice([96, 128, 160]),
         )
-        models[f"vit {len(models)}: {depth}x{width}, {size} px"] = (model.eval(), (torch.randn(1, 3, size, size),))
+        model = timm.models.vision_transformer.VisionTransformer(
+            img_size=size,
+            embed_dim=width,
+            depth=depth,
+            num_heads=width // 32,
+            mlp_ratio=rng.choice([2, 3, 4]),
+        )
+        models[f"vit {len(models)}: {depth}x{width}, {size} px"] = (
+            model.eval(),
+            (torch.randn(1, 3, size, size),),
+        )
     return models
 
 
@@ -142,7 +157,8 @@ def mean_of(model: nn.Module, inputs: tuple[torch.Tensor, ...], warm: int, calls
 def load(processes: int, seed: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
     started = [
-        context.Process(target=work_and_rest, args=(seed * 100 + number,), daemon=True) for number in range(processes)
+        context.Process(target=work_and_rest, args=(seed * 100 + number,), daemon=True)
+        for number in range(processes)
     ]
     for process in started:
         process.start()
