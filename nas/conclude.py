@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from datetime import datetime
@@ -24,6 +25,8 @@ __all__ = ["build_report", "conclude", "write_report_files"]
 logger = logging.getLogger(__name__)
 
 MAX_FINALISTS = 12
+
+_TOGETHER_SECONDS = 900.0  # to wait for the device, build all finalists, and measure them twice at the most
 
 
 class _Watcher(Protocol):
@@ -46,6 +49,7 @@ def conclude(
     has been evaluated since.
     """
     report = build_report(study, config, facts)
+    _say_mixed_conditions(report, watcher)
     trained = ":" not in config.evaluator
     if trained and executor is not None and report.front() and not stopping.is_set():
         chosen = _finalists(report)
@@ -109,6 +113,18 @@ def _row(trial: StoredTrial) -> TrialRow:
     return dataclasses.replace(row, **{name: getattr(trial.result, name) for name in names})
 
 
+def _say_mixed_conditions(report: RunReport, watcher: _Watcher) -> None:
+    """A run that went on after an upgrade, or with another priority, holds figures that do not compare."""
+    kinds = Counter((row.latency or {}).get("conditions") for row in report.comparable())
+    kinds.pop(None, None)
+    if len(kinds) > 1:
+        counts = " and ".join(str(count) for _, count in kinds.most_common())
+        watcher.note(
+            f"latencies were measured under {len(kinds)} kinds of conditions ({counts} candidates; see 'identity' in "
+            "result.json): only the finalists, measured again together, compare"
+        )
+
+
 # -- finalists ---------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +150,7 @@ def _saved_finalists(run: RunDirectory) -> list[dict[str, Any]] | None:
 
 def _already_judged(run: RunDirectory, chosen: list[TrialRow]) -> bool:
     saved = _saved_finalists(run)
-    if saved is None or any(entry.get("test") is None for entry in saved):
+    if saved is None or any(entry.get("test") is None or entry.get("failure") for entry in saved):
         return False
     return {entry["number"] for entry in saved} == {row.number for row in chosen}
 
@@ -177,22 +193,22 @@ def _judge(
     timed = executor.submit(
         "nas.trial:finalists_latency",
         payload,
-        time_limit=config.trial_timeout,
+        time_limit=None if config.trial_timeout is None else config.trial_timeout + _TOGETHER_SECONDS,
         tag="latency of the finalists",
     )
     if not _finish([timed], stopping):
         return None
     latencies = timed.result()
-    if latencies.failure is not None:
-        watcher.note(f"the finalists could not be measured again: {latencies.failure.reason}")
-        return None
+    lost = latencies.failure.reason if latencies.failure is not None else None
+    if lost is not None:
+        watcher.note(f"the finalists could not be measured again: {lost}")
     judged = []
     for row in chosen:
         outcome = tests[row.number].result()
         if outcome.failure is not None:
             watcher.note(f"trial {row.number} could not be evaluated on test data: {outcome.failure.reason}")
         test = outcome.value["metrics"] if outcome.value else None
-        measured = (latencies.value or {})[str(row.number)]
+        measured = {"failure": lost} if latencies.value is None else latencies.value[str(row.number)]
         judged.append(
             {"number": row.number, "name": row.name, "test": test, "baseline": base.number, **measured}
         )

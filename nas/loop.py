@@ -25,7 +25,7 @@ __all__ = ["Observer", "Search"]
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE = ("work", "median_ms", "conditions")
+_SAMPLE = ("work", "median_ms", "conditions", "trusted")
 _SAMPLES = 300
 
 MAX_CONSECUTIVE_FAILURES = 12

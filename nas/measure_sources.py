@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserMistake
-from nas.latency.gate import DeviceGate, LeaseLost
+from nas.latency.gate import PATIENCE_SECONDS, DeviceGate, GateTimeout, LeaseLost
 from nas.latency.measure import Options, measure_together
 from nas.latency.result import Session
 from nas.latency.rounds import Plan
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure_sources"]
 
+_MEMORY_SHARE = 0.9
 _BUILD_SECONDS = 300.0
 """What building, exporting or compiling one model may take before its process counts as hanging."""
 
@@ -74,13 +75,14 @@ def measure_sources(
     if against is not None and against not in named:
         raise UserMistake(f"against={against!r} is not among the models: {', '.join(named)}")
     left, failures = list(named), dict[str, str]()
-    with LocalExecutor(1, retries=0) as executor:
+    with LocalExecutor(1, retries=0, memory_limit_bytes=_memory_limit()) as executor:
         while left:
             touched = left[0]
 
             def on_event(event: dict[str, Any]) -> None:
                 nonlocal touched
-                touched = event.get("visit", touched)
+                # The reference is ours: what crashes there is what was visited before it.
+                touched = event["visit"] if event.get("visit") in named else touched
                 if on_progress is not None:
                     on_progress(event)
 
@@ -88,7 +90,7 @@ def measure_sources(
                 "nas.measure_sources:job",
                 {**payload, "texts": {name: named[name] for name in left}},
                 on_event=on_event,
-                time_limit=2 * plan.max_seconds + _BUILD_SECONDS * len(left),
+                time_limit=PATIENCE_SECONDS + 2 * (plan.max_seconds + _BUILD_SECONDS * len(left)),
                 tag="measurement",
             ).result()
             if outcome.value is not None:
@@ -97,9 +99,7 @@ def measure_sources(
                 session = replace(Session.from_dict(outcome.value), failures=failures)
                 return _with_memory(session, named, payload) if memory else session
             reason = outcome.failure.reason if outcome.failure else "no outcome"
-            # The reference is ours; when it is what was running, nothing is known about the models.
-            blamed = [touched] if touched in left else list(left)
-            failures.update({name: reason for name in blamed})
+            failures[touched] = reason
             left = [name for name in left if name not in failures]
             if against in failures:
                 break
@@ -117,7 +117,15 @@ def memory_job(payload: dict[str, Any], channel: Any) -> dict[str, Any]:
     inputs = inputs_for(target, source.make_inputs)
     with session(target, 1):
         runner = make_runner(_content(source), inputs, target)
-        return {"bytes": peak_memory(runner, target).bytes}
+        with DeviceGate(str(target.torch_device()), stale_after=_BUILD_SECONDS).exclusive():
+            found = peak_memory(runner, target)
+        return {"bytes": found.bytes, "how": found.how}
+
+
+def _memory_limit() -> int:
+    import psutil
+
+    return int(_MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def _content(source: Source) -> Any:
@@ -133,13 +141,13 @@ def _with_memory(session: Session, named: dict[str, str], payload: dict[str, Any
 
     results = dict(session.results)
     for name, result in results.items():
-        with LocalExecutor(1, retries=0) as executor:
+        with LocalExecutor(1, retries=0, memory_limit_bytes=_memory_limit()) as executor:
             asked = {**payload, "text": named[name]}
             outcome = executor.submit(
                 "nas.measure_sources:memory_job", asked, time_limit=_BUILD_SECONDS
             ).result()
-        if outcome.value is not None:
-            results[name] = replace(result, peak_memory_bytes=outcome.value["bytes"])
+        found = outcome.value or {"bytes": None, "how": outcome.failure.reason if outcome.failure else ""}
+        results[name] = replace(result, peak_memory_bytes=found["bytes"], peak_memory_how=found["how"])
     return replace(session, results=results)
 
 
@@ -179,7 +187,7 @@ def job(payload: dict[str, Any], channel: Any) -> dict[str, Any]:
                 progress=channel.event,
                 **margin,
             ).to_dict()
-    except UserMistake as mistake:
+    except (UserMistake, GateTimeout) as mistake:
         return {"mistake": str(mistake)}
     except LeaseLost as lost:
         return {"mistake": f"the device was taken over by another process meanwhile ({lost}); measure again"}

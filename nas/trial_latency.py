@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,17 +36,18 @@ def over_budget(budget: float | None, latency: Mapping[str, Any]) -> str | None:
         return None
     interval = f"{latency['median_ms']:.3g} ms ({latency['low_ms']:.3g}-{latency['high_ms']:.3g})"
     how = "exceed" if latency["low_ms"] > budget else "may exceed"
-    return f"{interval} {how} the latency budget of {budget:g} ms"
+    doubt = "" if latency.get("trusted", True) else f" (untrusted: {'; '.join(latency['reasons'])})"
+    return f"{interval} {how} the latency budget of {budget:g} ms{doubt}"
 
 
 def predicted_over_budget(skeleton: nn.Module, task: Task, payload: Mapping[str, Any]) -> str | None:
-    """Why the candidate is surely over the latency budget; None when it is not, or nobody can tell yet.
+    """Why all of the predicted interval is over the latency budget; None when it is not, or nobody can tell.
 
     The predictor is fitted anew to what the run has measured under the conditions of its latest measurement.
     Given architectures are always measured, so that a report can compare with them.
     """
     config, measured = payload["config"], payload.get("measured") or []
-    budget = config["latency_budget"]
+    budget, measured = config["latency_budget"], [sample for sample in measured if sample["trusted"]]
     if budget is None or payload.get("named") or len(measured) < LEAST_MEASURED:
         return None
     from nas.latency.prediction import LatencyPredictor, decide
@@ -53,15 +56,21 @@ def predicted_over_budget(skeleton: nn.Module, task: Task, payload: Mapping[str,
     samples = [sample for sample in measured if sample["conditions"] == identity]
     if len(samples) < LEAST_MEASURED:
         return None
-    predictor = LatencyPredictor(identity=identity, coverage=0.99 if len(samples) >= 100 else 0.95)
+    predictor = LatencyPredictor(identity=identity, coverage=_coverage(len(samples)))
     predictor.fit([sample["work"] for sample in samples], [sample["median_ms"] for sample in samples])
     found = predictor.predict(_work(skeleton, task, Target.parse(config["target"])))
     if decide(found, budget) != "over":
         return None
     return (
-        f"predicted {found.median_ms:.3g} ms ({found.low_ms:.3g}-{found.high_ms:.3g}, from {len(samples)} measured), "
-        f"surely over the latency budget of {budget:g} ms; not built"
+        f"predicted {found.median_ms:.3g} ms ({found.low_ms:.3g}-{found.high_ms:.3g} at "
+        f"{_coverage(len(samples)):.0%}, from {len(samples)} measured), "
+        f"over the latency budget of {budget:g} ms; not built"
     )
+
+
+def _coverage(samples: int) -> float:
+    """The widest interval that so few left-out errors can give: (n + 1) * coverage must not exceed n."""
+    return 0.99 if samples >= 100 else 0.95 if samples >= 19 else 0.9
 
 
 def measure_candidate(
@@ -76,7 +85,8 @@ def measure_candidate(
 
     # Before the search there is no run directory yet, and nothing may be written.
     scale = Path(payload["scale"]) if "scale" in payload else None
-    options = Options(scale=scale, keys={"model": payload["key"]} if "key" in payload else {})
+    keys = {"model": payload["key"]} if "key" in payload else {}
+    options = Options(scale=scale, keys=keys, ours=_family() if target.is_cuda else ())
     inputs = task.example_inputs(target.batch, target.torch_device())
 
     def alone(lease: Lease) -> LatencyResult:
@@ -96,8 +106,18 @@ def measure_candidate(
     return {
         **result.to_dict(),
         "work": _work(model, task, target),
-        "conditions": pooled_identity(Identity.from_dict(result.identity).to_dict()),
+        "conditions": f"{pooled_identity(Identity.from_dict(result.identity).to_dict())}-{result.clock}",
     }
+
+
+def _family() -> tuple[int, ...]:
+    """The other workers of our driver: they keep their place on the device, but rest while we measure."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        driver = psutil.Process(os.getppid())
+        return (driver.pid, *(child.pid for child in driver.children(recursive=True)))
+    return ()
 
 
 def alone_on(target: Target, work: Callable[[Lease], _T]) -> _T:

@@ -91,4 +91,8 @@ def _latency(console: Console, target: str, seconds: float, json_file: Path | No
         text = "Latencies taken here must not be called measured: stop other programs, or permit real-time priority"
         console.print(Text(text, style="bold red"), soft_wrap=True)
         raise typer.Exit(1)
+    if found.reasons:
+        text = "Latencies taken here repeat, but the machine was out of bounds (see above): such results are untrusted"
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+        return
     console.print(Text("Latencies taken here may be called measured.", style="green"))

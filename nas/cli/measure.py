@@ -51,6 +51,7 @@ def measure(
 ) -> None:
     """Measure models together, interleaved; exit code 1 when none could be measured."""
     from rich.console import Console
+    from rich.text import Text
 
     from nas.files import atomic_write_json
     from nas.latency import Plan, Target
@@ -74,12 +75,20 @@ def measure(
             energy=energy,
             on_progress=progress.tell,
         )
-        layers = _layers(session, models, target, size, seed, progress) if per_layer else None
-    _print(console, session, layers, memory=memory, energy=energy)
+    _print(console, session, memory=memory, energy=energy)
     if json_file is not None:
-        atomic_write_json(json_file, report.session_json(session, layers))
+        atomic_write_json(json_file, report.session_json(session, None))
     if plot is not None and session.results:
         report.write_latency_png(session, plot)
+    if per_layer:
+        # Last, and in this process: whatever happens there, the measurement is on screen and on disk already.
+        with _Progress(console) as progress:
+            layers = _layers(session, models, target, size, seed, progress)
+        for name, times in layers.items():
+            console.print(report.layers_table(name, times))
+            console.print(Text(report.layers_line(times)), soft_wrap=True)
+        if json_file is not None:
+            atomic_write_json(json_file, report.session_json(session, layers))
     if not session.results:
         raise typer.Exit(1)
 
@@ -112,9 +121,7 @@ def _layers(
     return found
 
 
-def _print(
-    console: Console, session: Session, layers: dict[str, LayerTimes] | None, *, memory: bool, energy: bool
-) -> None:
+def _print(console: Console, session: Session, *, memory: bool, energy: bool) -> None:
     """Tables first; what must not be overlooked comes last."""
     from rich.text import Text
 
@@ -126,9 +133,6 @@ def _print(
     for pair in session.pairs:
         style = {"faster": "green", "slower": "red"}.get(pair.verdict, "")
         console.print(Text(report.pair_line(pair), style=style), soft_wrap=True)
-    for name, times in (layers or {}).items():
-        console.print(report.layers_table(name, times))
-        console.print(Text(report.layers_line(times)), soft_wrap=True)
     for line in report.caution_lines(session):
         console.print(Text(line, style="yellow"), soft_wrap=True)
     for line in report.failure_lines(session):

@@ -22,6 +22,7 @@ from nas.latency.target import Target
 __all__ = ["EnergyMeter", "PeakMemory", "peak_memory"]
 
 _SAMPLE_SECONDS = 0.001
+_OWN_MEMORY = ("onnxruntime", "tensorrt", "openvino", "cudagraph")
 
 _MOST_WATTS = 1000.0
 """More than any package takes: within the range of a counter over this power it cannot have wrapped twice."""
@@ -51,6 +52,9 @@ def peak_memory(fn: Callable[[], object], target: Target) -> PeakMemory:
     Apart from timing: samples taken meanwhile would be slow. What ``fn`` raises is passed on.
     """
     if target.device.startswith("cuda"):
+        if target.runtime in _OWN_MEMORY:
+            fn()
+            return PeakMemory(None, f"{target.runtime} allocates outside of torch")
         return _cuda_peak(fn, target)
     if target.device != "cpu":
         fn()

@@ -190,7 +190,10 @@ def judge(
     if clock != "cpu":
         reasons += _ratio(wall_cpu_ratio)
         if priority != "realtime":
-            reasons += [*_load(before, after), *_switches(before, after, target)]
+            reasons += _switches(before, after, target)
+            # The mean load of a minute still holds what had just stopped; one thread tells by itself.
+            if wall_cpu_ratio is None or before.thread_switches is None:
+                reasons += _load(before, after)
     return reasons + _gpu(before.gpu, after.gpu)
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "Options", "measure", "measure_together"]
 
 _ENERGY_SECONDS = 1.5
+_REST_SECONDS = 1.0
 _BUILD_SECONDS = 900.0  # for exporting or compiling one model
 _REFERENCE = object()  # no model can have this name
 
@@ -59,6 +60,7 @@ class Options:
         scale: where the reference's long-run times are kept; None: each session is its own scale.
         keys: name -> architecture key, for the identity.
         memory, energy: measure these as well, before the rounds.
+        ours: processes that hold the device too, but rest now; all others on a GPU are out of bounds.
     """
 
     priority: str = "auto"
@@ -67,6 +69,7 @@ class Options:
     keys: Mapping[str, str] | None = None
     memory: bool = False
     energy: bool = False
+    ours: tuple[int, ...] = ()
 
 
 def measure(
@@ -88,7 +91,7 @@ def measure(
         inputs: what it is called with; the first dimension of each is ``target.batch``. Copies with permuted contents
             take turns, so that no cache serves the same values twice.
         target: where and how to run it.
-        max_seconds: for warm-up and rounds; a model so slow that three rounds take longer gets them all the same.
+        max_seconds: for warm-up and rounds; a model so slow that six rounds take longer gets them all the same.
         precision: the half-width of the 95 % interval, relative to the median, at which to stop.
         min_rounds: visits before an interval is believed.
         limit_ms: stop as soon as the latency is surely below or surely above.
@@ -138,10 +141,12 @@ def measure_together(
     """
     plan, options = plan or Plan(max_seconds=30.0), options or Options()
     _check(target, models, plan, against)
-    if pairs or against is not None:
+    if len(models) > 1 and (pairs or against is not None):
         plan = replace(plan, together=True)
     best: Session | None = None
     for attempt in range(1 + options.retries):
+        if attempt and target.device == "cpu":
+            time.sleep(_REST_SECONDS)  # what disturbed may have been short
         again = replace(plan, seed=plan.seed + attempt)
         found = _Measurement(models, target, again, options, against, margin, lease, progress).run()
         reasons = _reasons(found)
@@ -175,6 +180,7 @@ class _Measurement:
         self.against, self.margin, self.lease = against, margin, lease
         self.tell: Progress = progress or (lambda event: None)
         self.versions: dict[str, dict[str, str]] = {}
+        self.first: dict[str, Times] = {}
         self.extra: dict[str, dict[str, Any]] = {name: {} for name in models}
 
     def run(self) -> Session:
@@ -183,19 +189,21 @@ class _Measurement:
         runners: dict[Any, Any] = {}
         with session(target, len(self.models) + 1):
             try:
-                # Compilers start processes, which must not inherit the cores of a measurement: built before.
+                # Compilers start processes, which must not inherit the cores of a measurement: first calls come before.
                 for name, (model, inputs) in self.models.items():
                     self.tell({"visit": name})
                     self._hold(_BUILD_SECONDS)
                     runners[name] = make_runner(model, inputs, target)
                     self.versions[name] = runners[name].runtime_versions
+                    self.first[name] = runners[name]()
+                    self._hold()
                     self.extra[name] = self._extras(runners[name])
                 plain = self._plain()
                 runners[_REFERENCE] = reference = make_runner(*reference_workload(plain), plain)
                 with undisturbed(threads, self.options.priority) as granted:
                     models = {name: runners[name] for name in self.models}
                     rounds, before = self._rounds(models, reference, granted)
-                    after = read_machine(target, cores=granted.affinity)
+                    after = read_machine(target, cores=granted.affinity, ours=self.options.ours)
             finally:
                 for runner in runners.values():
                     runner.close()
@@ -210,21 +218,19 @@ class _Measurement:
             reference,
             self.plan,
             lambda calls: clock_of(self.target, calls),
-            scale_ms=scale.get(digest),
-            between=lambda seconds: self._between(granted),
+            scale_of=lambda clock: scale.get(f"{digest}-{clock}"),
+            between=lambda: self._between(granted),
             done=lambda found: all_decided(
                 found, self.plan.precision, against=self.against, margin=self.margin
             ),
             on_visit=lambda name: self.tell({"visit": name}),
+            first=self.first,
         )
         rounds.warm_up(granted.renew)
         # Objects of the warm-up are collected now, and not by chance in somebody's visit: the collector rests.
         gc.collect()
-        before = read_machine(self.target, cores=granted.affinity)
+        before = read_machine(self.target, cores=granted.affinity, ours=self.options.ours)
         rounds.run()
-        if rounds.scale_ms is None and self.options.scale is not None:
-            rounds.scale_ms = rounds.long_run_ms()
-            scale.put(digest, rounds.scale_ms)
         return rounds, before
 
     def _between(self, granted: Granted) -> None:
@@ -239,7 +245,7 @@ class _Measurement:
         found: dict[str, Any] = {}
         if self.options.memory:
             peak = extras.peak_memory(runner, self.target)
-            found["peak_memory_bytes"] = None if peak is None else peak.bytes
+            found |= {"peak_memory_bytes": peak.bytes, "peak_memory_how": peak.how}
         if self.options.energy:
             found["energy_mj"] = _energy_per_call(runner, self.target)
         return found
@@ -269,10 +275,13 @@ class _Measurement:
         self, rounds: Rounds, granted: Granted, before: Reading, after: Reading, seconds: float
     ) -> Session:
         clock = rounds.clock
-        ratio = wall_cpu_ratio(self.target, rounds.calls())
+        ratio = worst_ratio(self.target, rounds.calls())
         reasons = tuple(
             judge(before, after, self.target, clock=clock, wall_cpu_ratio=ratio, priority=granted.kind)
         )
+        scale, digest = ReferenceTimes(self.options.scale), f"{self._scale_digest(granted)}-{clock}"
+        if not reasons and scale.get(digest) is None:  # a disturbed session must not be everybody's scale
+            scale.put(digest, rounds.session_ms())
         results = {
             name: self._result(track, rounds, clock, granted, reasons, seconds)
             for name, track in rounds.tracks.items()
@@ -343,13 +352,13 @@ class _Measurement:
 
 def _energy_per_call(runner: Callable[[], Times], target: Target) -> float | None:
     """Millijoules of the whole device over a second of calls; None where it does not tell."""
-    meter, calls, deadline = extras.EnergyMeter(target), 0, time.perf_counter() + _ENERGY_SECONDS
     runner()
+    meter, calls, deadline = extras.EnergyMeter(target), 0, time.perf_counter() + _ENERGY_SECONDS
     with meter:
-        while time.perf_counter() < deadline:
+        while not calls or time.perf_counter() < deadline:
             runner()
             calls += 1
-    return None if meter.joules is None or not calls else 1000 * meter.joules / calls
+    return None if meter.joules is None else 1000 * meter.joules / calls
 
 
 def wall_cpu_ratio(target: Target, times: Sequence[Times]) -> float | None:
@@ -361,11 +370,17 @@ def wall_cpu_ratio(target: Target, times: Sequence[Times]) -> float | None:
     return middle.wall / max(middle.cpu, 1e-9)
 
 
-def clock_of(target: Target, times: Sequence[Times]) -> str:
+def worst_ratio(target: Target, calls: Sequence[Sequence[Times]]) -> float | None:
+    """The largest ``wall_cpu_ratio`` among models. Each by itself: the middle of all calls lies between two models."""
+    found = [wall_cpu_ratio(target, times) for times in calls]
+    return max((ratio for ratio in found if ratio is not None), default=None)
+
+
+def clock_of(target: Target, calls: Sequence[Sequence[Times]]) -> str:
     """``events`` on CUDA; else ``wall``, or ``cpu`` when other work was seen on the core of the only thread."""
     if target.is_cuda:
         return "events"
-    ratio = wall_cpu_ratio(target, times)
+    ratio = worst_ratio(target, calls)
     return "cpu" if ratio is not None and ratio > CONTENDED_ABOVE else "wall"
 
 

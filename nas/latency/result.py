@@ -26,11 +26,13 @@ class LatencyResult:
             CPU time of the only thread, taken when other work was seen on its core: a substitute for the wall time
             on a machine left alone, to be shown as such.
         median_ms, low_ms, high_ms: corrected by the reference, with the 95 % bootstrap interval of the ratio.
-        raw_median_ms, raw_low_ms, raw_high_ms: by the clock alone.
+        raw_median_ms, raw_low_ms, raw_high_ms: by the clock alone, of all visits, quiet or not.
         ratio, ratio_low, ratio_high: the model's time over the reference's, with its 95 % bootstrap interval.
-        reference_ms: the reference's long-run time that the ratio was multiplied with.
-        session_reference_ms: the reference's median in this session.
-        p90_ms, p99_ms: of all timed calls but the first of each visit; None from fewer than 100 or 1,000 of them.
+        reference_ms: the reference's long-run time that the ratio was multiplied with: the first trusted one of a run,
+            or that of this session. Its own uncertainty is not in the interval.
+        session_reference_ms: the reference's median in the quiet part of this session.
+        p90_ms, p99_ms: of all timed calls but the first of each visit, which finds the caches filled by another model;
+            None from fewer than 100 or 1,000 of them.
         samples: timed calls; ``runs``: calls of the model in all, warm-up included.
         rounds: visits; ``quiet_rounds``: those while the reference ran within 10 % of its fastest tenth. They make the
             ratio and its interval; where they were too few, the quietest visits do.
@@ -45,7 +47,8 @@ class LatencyResult:
         threads: CPU threads used; None on another device.
         priority: ``realtime``, ``nice`` or ``none``: what the system granted.
         trusted: nothing was out of bounds; otherwise ``reasons`` says what was, with figures.
-        peak_memory_bytes, energy_mj: of one call, where asked for and offered; millijoules.
+        peak_memory_bytes, energy_mj: of one call, where asked for and offered; millijoules. ``peak_memory_how`` says
+            what was read, or why nothing was; figures of different kinds are not to be compared.
         identity: the conditions of the measurement; see ``nas.latency.identity``.
         seconds: what the measurement took.
     """
@@ -86,6 +89,7 @@ class LatencyResult:
     identity: dict[str, Any]
     seconds: float
     peak_memory_bytes: int | None = None
+    peak_memory_how: str = ""
     energy_mj: float | None = None
 
     @property

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,7 +26,8 @@ CONTENDED_ABOVE = 1.05
 SURE = 0.995
 """Confidence of an interval by which something is decided: it is looked at several times, 95 % would be too little."""
 
-LEAST_ROUNDS = 3
+LEAST_ROUNDS = 6
+"""From six values on, the least and the most enclose the median with 95 % confidence."""
 
 _QUIET_SHARE = 0.1
 _QUIET_BAND = 1.1
@@ -49,10 +50,11 @@ class Plan:
     """How much to measure.
 
     Attributes:
-        max_seconds: for warm-up and rounds of all models together; three rounds are made in any case.
+        max_seconds: for warm-up and rounds of all models together; six rounds are made in any case.
         precision: half-width of the 95 % interval over the median at which a model is done.
         min_rounds: visits before any interval is believed.
-        limit_ms: with it a model is done as soon as its interval lies wholly on one side of the limit.
+        limit_ms: with it a model is done as soon as it is surely above the limit. One that is surely below goes on: its
+            figure is wanted.
         most_rounds: visits after which a model is done whatever its interval.
         together: all models are visited until ``Rounds(done=...)`` says so, because they are to be compared.
         seed: of the order of visits.
@@ -117,11 +119,12 @@ class Rounds:
         models: name -> callable that runs the model once and returns its times.
         reference: the same of the reference workload.
         plan: how much to measure.
-        clock_of: picks the clock from the calls made so far.
-        scale_ms: the reference's long-run time; None means its median in this session.
-        between: called after every visit with the seconds it took, e.g. to check a lease and to rest.
+        clock_of: picks the clock from the calls made so far, one list for each model and the reference.
+        scale_of: the reference's long-run time by a clock; None means that of this session.
+        between: called after every visit, e.g. to check a lease and to rest.
         done: called from ``min_rounds`` on, more and more rarely; True ends the session: every decision is clear.
         on_visit: called with a model's name before it is touched, so that a crash can be blamed.
+        first: times of first calls that were made before, by name.
     """
 
     def __init__(
@@ -129,19 +132,22 @@ class Rounds:
         models: Mapping[str, Callable[[], Times]],
         reference: Callable[[], Times],
         plan: Plan,
-        clock_of: Callable[[Sequence[Times]], str],
+        clock_of: Callable[[Sequence[Sequence[Times]]], str],
         *,
-        scale_ms: float | None = None,
-        between: Callable[[float], None] = lambda seconds: None,
+        scale_of: Callable[[str], float | None] = lambda clock: None,
+        between: Callable[[], None] = lambda: None,
         done: Callable[[Rounds], bool] = lambda rounds: False,
         on_visit: Callable[[str], None] = lambda name: None,
+        first: Mapping[str, Times] | None = None,
         now: Callable[[], float] = time.perf_counter,
     ):
+        self.first = dict(first or {})
         self.tracks = {name: Track(name, run) for name, run in models.items()}
         self.reference = Track("reference", reference)
         self.plan = plan
-        self.scale_ms = scale_ms
         self.number = 0
+        self._scale_of = scale_of
+        self._known: dict[str, Any] = {}
         self._next_look = plan.min_rounds
         self.drift: list[tuple[float, Times]] = []
         self._clock_of = clock_of
@@ -153,15 +159,28 @@ class Rounds:
     @property
     def clock(self) -> str:
         """The clock that the times so far are to be read by."""
-        return self._clock_of(self.calls())
+        found: str = self._once("clock", lambda: self._clock_of(self.calls()))
+        return found
 
-    def calls(self) -> list[Times]:
-        """All timed calls of the session, the reference's included."""
-        return [t for track in (self.reference, *self.tracks.values()) for t in track.samples]
+    def calls(self) -> list[list[Times]]:
+        """The timed calls of the reference and of each model."""
+        return [track.samples for track in self._all() if track.samples]
 
     def reference_times(self) -> list[float]:
         """The reference's visits by the session's clock, in order, milliseconds."""
-        return [getattr(times, self.clock) for _, times in self.drift]
+
+        def read() -> list[float]:
+            clock = self.clock
+            return [getattr(times, clock) for _, times in self.drift]
+
+        found: list[float] = self._once("reference", read)
+        return found
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What follows from all calls is computed once after each round: a long session has thousands."""
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
     def ceiling(self) -> float:
         """The reference's time, milliseconds by the session's clock, up to which the machine counts as quiet.
@@ -169,7 +188,12 @@ class Rounds:
         A busy neighbour core slows models by unlike factors (measured: 1.42 and 1.48), so that ratios taken beside it
         are not those of a quiet machine. The reference tells the two states apart; a model's own times never do.
         """
-        return float(np.quantile(self.reference_times(), _QUIET_SHARE)) * _QUIET_BAND
+
+        def compute() -> float:
+            return float(np.quantile(self.reference_times(), _QUIET_SHARE)) * _QUIET_BAND
+
+        found: float = self._once("ceiling", compute)
+        return found
 
     def ratios(self, track: Track) -> list[float]:
         """A model's ratios to the reference, of its quiet visits."""
@@ -183,17 +207,18 @@ class Rounds:
 
     def long_run_ms(self) -> float:
         """What ratios are multiplied with."""
-        return self.scale_ms or self.session_ms()
+        return self._scale_of(self.clock) or self.session_ms()
 
     def warm_up(self, renew: Callable[[], None] = lambda: None) -> None:
-        """First calls, and calls until the times no longer get shorter or longer.
+        """First calls, where none were made, and calls until the times no longer get shorter or longer.
 
         ``renew`` is called when all models have run once, for instance to reach threads that they created.
         """
         share = self.plan.max_seconds * _WARMUP_SHARE / (len(self.tracks) + 1)
         for track in self._all():
             self._on_visit(track.name)
-            track.first = track.run()
+            track.first = self.first.get(track.name) or track.run()
+            self._between()
         renew()
         for track in self._all():
             self._on_visit(track.name)
@@ -207,6 +232,7 @@ class Rounds:
         walls: list[float] = []
         while True:
             times = track.run()
+            self._between()
             walls.append(times.wall)
             elapsed = self._now() - begun
             recent = walls[-_WARMUP_WINDOW:]
@@ -247,17 +273,17 @@ class Rounds:
             track.visits.append(Visit(self.number, times, before, after))
             before = after
         self.number += 1
+        self._known.clear()
 
     def _visit(self, track: Track) -> Times:
         self._on_visit(track.name)
-        begun = self._now()
         calls = [track.run() for _ in range(track.calls)]
         track.samples += calls
         track.tail += calls[1:] or calls
         times = median_times(calls)
         if track is self.reference:
             self.drift.append((self._now() - self._begun, times))
-        self._between(self._now() - begun)
+        self._between()
         return times
 
     def _judge(self, active: Sequence[Track]) -> None:
@@ -275,19 +301,16 @@ class Rounds:
                 continue
             ratios = [visit.ratio(clock) for visit in quiet]
             low, high = bootstrap_interval(ratios)
-            surely_low, surely_high = median_interval(ratios, SURE)
-            if plan.limit_ms is not None and not (
-                surely_low <= plan.limit_ms / self.long_run_ms() <= surely_high
-            ):
+            surely_low, _ = median_interval(ratios, SURE)
+            if plan.limit_ms is not None and surely_low > plan.limit_ms / self.long_run_ms():
                 track.stopped = "decision"
             elif (high - low) / 2 <= plan.precision * statistics.median(ratios):
                 track.stopped = "precision"
 
     def _reopen(self) -> None:
         """After a change of the machine's level the models that were done are visited again on its other side."""
-        found = len(splits(self.reference_times()))
-        if found > self._splits:
-            self._splits = found
+        if self.splits > self._splits:
+            self._splits = self.splits
             for track in self.tracks.values():
                 if track.stopped == "precision":
                     track.stopped = None
@@ -296,7 +319,8 @@ class Rounds:
     @property
     def splits(self) -> int:
         """How often the reference's level changed."""
-        return len(splits(self.reference_times()))
+        found: int = self._once("splits", lambda: len(splits(self.reference_times())))
+        return found
 
 
 def quietest(visits: Sequence[_V], noise: Callable[[_V], float], ceiling: float, least: int) -> list[_V]:

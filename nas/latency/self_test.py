@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nas.errors import UserMistake
 from nas.latency.gate import DeviceGate
 from nas.latency.measure import Options, measure_together
 from nas.latency.rounds import Plan
@@ -70,8 +71,11 @@ def self_test(
     """Measure ten small ViTs twice, in two sessions of ``max_seconds`` each, from newly built models.
 
     Raises:
-        UserMistake: the target is not there.
+        UserMistake: the target is not there, or names an input size.
+        GateTimeout: others have kept the device for ten minutes.
     """
+    if target.size is not None:
+        raise UserMistake(f"--target {target}: the self-test has inputs of its own; leave /{target.size} out")
     target.check()
     sessions = []
     for attempt in range(2):

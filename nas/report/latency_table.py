@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 NOT_ENOUGH = "not enough samples"
+_TAILS = ("p90", "p99")
 FORMAT = 1
 """Of the JSON form."""
 
@@ -57,15 +58,17 @@ def latency_table(session: Session, *, memory: bool = False, energy: bool = Fals
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold", min_width=12)
     table.add_column("latency [95 %]", justify="right", no_wrap=True)
-    for column in ("raw", "p90", "p99", "runs", *["memory"] * memory, *["energy"] * energy):
-        table.add_column(column, justify="right")
+    tails = [
+        name for name in _TAILS if any(getattr(r, f"{name}_ms") is not None for r in session.results.values())
+    ]
+    for column in ("raw", *tails, "runs", *["memory"] * memory, *["energy"] * energy):
+        table.add_column(column, justify="right", no_wrap=column == "memory")
     table.add_column("status")
     for name, result in session.results.items():
         cells = [
             interval_ms(result.median_ms, result.low_ms, result.high_ms),
             format_ms(result.raw_median_ms),
-            NOT_ENOUGH if result.p90_ms is None else format_ms(result.p90_ms),
-            NOT_ENOUGH if result.p99_ms is None else format_ms(result.p99_ms),
+            *(_tail(getattr(result, f"{name}_ms")) for name in tails),
             f"{result.samples:,}",
         ]
         if memory:
@@ -74,6 +77,10 @@ def latency_table(session: Session, *, memory: bool = False, energy: bool = Fals
             cells.append("not known" if result.energy_mj is None else f"{result.energy_mj:.3g} mJ")
         table.add_row(Text(one_line(name)), *map(Text, cells), _status(result))
     return table
+
+
+def _tail(milliseconds: float | None) -> str:
+    return NOT_ENOUGH if milliseconds is None else format_ms(milliseconds)
 
 
 def _memory(count: int | None) -> str:
@@ -93,6 +100,12 @@ def session_line(session: Session) -> str:
     parts += [" and ".join(_CLOCKS.get(clock, clock) for clock in clocks)] if clocks else []
     priorities = sorted({result.priority for result in session.results.values()} - {"none"})
     parts += [f"{' and '.join(priorities)} priority"] if priorities else []
+    missing = [
+        name
+        for name in _TAILS
+        if session.results and all(getattr(r, f"{name}_ms") is None for r in session.results.values())
+    ]
+    parts += [f"{' and '.join(missing)}: {NOT_ENOUGH}"] if missing else []
     if session.results:
         drift = max((result.drift for result in session.results.values()), key=lambda value: abs(value - 1))
         parts.append(f"the machine drifted by {100 * (drift - 1):+.1f} %")

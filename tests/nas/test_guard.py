@@ -247,16 +247,21 @@ class TestJudge:
         self, changes: dict[str, Any], text: str
     ) -> None:
         after = dataclasses.replace(LATER, **changes)
-        assert judged(after) == [text]
-        assert judged(after, priority="nice") == [text]
-        assert judged(after, clock="events") == [text]
-        assert judged(after, priority="realtime") == []
-        assert judged(after, clock="cpu") == []
+        assert judged(after, ratio=None) == [text]
+        assert judged(after, priority="nice", ratio=None) == [text]
+        assert judged(after, clock="events", ratio=None) == [text]
+        assert judged(after, priority="realtime", ratio=None) == []
+        assert judged(after, clock="cpu", ratio=None) == []
 
     def test_the_load_before_counts_too(self) -> None:
-        assert judged(before=dataclasses.replace(QUIET, load=4.0)) == [
+        assert judged(before=dataclasses.replace(QUIET, load=4.0), ratio=None) == [
             "load 4.0 on 2 cores (bound 2) without real-time priority"
         ]
+
+    def test_one_thread_tells_by_itself_what_the_mean_load_of_a_minute_only_guesses(self) -> None:
+        before, after = (dataclasses.replace(reading, load=4.0) for reading in (QUIET, LATER))
+        assert judged(after, before) == []
+        assert judged(after, before, ratio=1.2) != []
 
     def test_wall_over_cpu(self) -> None:
         text = "wall time is 1.30 times the CPU time (bound 1.05): other work ran on the core"

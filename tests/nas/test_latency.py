@@ -110,11 +110,22 @@ def test_interval_covers_the_median_as_often_as_it_says() -> None:
 def test_cpu_time_is_the_clock_only_of_a_single_contended_thread() -> None:
     slowed = [_Times(wall=2.0, cpu=1.0, events=math.nan)] * 5
     clean = [_Times(wall=1.02, cpu=1.0, events=math.nan)] * 5
-    assert clock_of(ONE, slowed) == "cpu"
-    assert clock_of(ONE, clean) == "wall"
-    assert clock_of(ONE, [*clean, _Times(wall=50.0, cpu=1.0, events=math.nan)]) == "wall"
-    assert clock_of(Target("cpu", threads=2), slowed) == "wall"
-    assert clock_of(Target("cuda"), slowed) == "events"
+    assert clock_of(ONE, [slowed]) == "cpu"
+    assert clock_of(ONE, [clean]) == "wall"
+    assert clock_of(ONE, [[*clean, _Times(wall=50.0, cpu=1.0, events=math.nan)]]) == "wall"
+    assert clock_of(Target("cpu", threads=2), [slowed]) == "wall"
+    assert clock_of(Target("cuda"), [slowed]) == "events"
+
+
+def test_the_clock_is_judged_by_each_model_alone() -> None:
+    """The middle of all calls together lies between a fast and a slow model, where one disturbed call decides."""
+    fast = [_Times(wall=1.0, cpu=1.0, events=math.nan)] * 60
+    slow = [_Times(wall=40.0, cpu=40.0, events=math.nan)] * 59 + [
+        _Times(wall=60.0, cpu=40.0, events=math.nan)
+    ]
+    assert clock_of(ONE, [fast, slow]) == "wall"
+    contended = [_Times(wall=48.0, cpu=40.0, events=math.nan)] * 60
+    assert clock_of(ONE, [fast, contended]) == "cpu"
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -218,7 +229,7 @@ def test_a_model_that_caches_in_its_first_call_can_still_be_trained() -> None:
 
 def test_without_time_it_still_measures_and_says_it_is_not_precise() -> None:
     result = measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=1e-6)
-    assert result.rounds == 3
+    assert result.rounds == 6
     assert result.stopped == "time"
     assert not result.precise
     assert result.warmup_runs == 1
@@ -229,7 +240,7 @@ def test_a_wide_precision_stops_early_and_an_impossible_one_does_not() -> None:
     assert measure(model, x, ONE, max_seconds=30.0, precision=1e6).stopped == "precision"
     assert measure(model, x, ONE, max_seconds=0.05, precision=1e-12).stopped == "time"
     assert measure(model, x, ONE, max_seconds=0.05, precision=1e6, min_rounds=10**9).stopped == "time"
-    assert measure(model, x, ONE, max_seconds=30.0, precision=1e-12, limit_ms=1e6).stopped == "decision"
+    assert measure(model, x, ONE, max_seconds=30.0, precision=1e-12, limit_ms=1e-6).stopped == "decision"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +248,7 @@ def test_a_wide_precision_stops_early_and_an_impossible_one_does_not() -> None:
     [
         ({"max_seconds": 0.0}, "max_seconds=0.0 must be finite and above 0"),
         ({"precision": math.nan}, "precision=nan must be finite"),
-        ({"min_rounds": 2}, "min_rounds=2 must be finite and at least 3"),
+        ({"min_rounds": 2}, "min_rounds=2 must be finite and at least 6"),
         ({"limit_ms": -1.0}, "limit_ms=-1.0 must be finite and above 0"),
     ],
 )
@@ -264,6 +275,20 @@ def test_one_scale_serves_all_measurements_of_a_run(tmp_path: Path) -> None:
     assert other.reference_ms != first.reference_ms
     (tmp_path / "reference.json").write_text("{torn")
     assert measure(model, x, ONE, max_seconds=0.1, options=options).median_ms > 0
+
+
+def test_a_disturbed_session_is_nobodys_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(scale=tmp_path / "reference.json", retries=0)
+    monkeypatch.setattr(sys.modules["nas.latency.measure"], "judge", lambda *a, **k: ["throttled"])
+    assert not measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=0.02, options=options).trusted
+    assert not (tmp_path / "reference.json").exists()
+
+
+def test_one_model_has_nobody_to_be_compared_with() -> None:
+    found = measure_together(
+        {"a": (nn.Linear(4, 4), (torch.randn(1, 4),))}, ONE, plan=Plan(0.05, 1e-12), pairs=True
+    )
+    assert (found.pairs, found.results["a"].stopped) == ((), "time")
 
 
 def test_reference_times_that_make_no_sense_are_not_used(tmp_path: Path) -> None:

@@ -150,25 +150,27 @@ def test_each_reason_to_stop() -> None:
     precise = Machine(noise=0.005).session({"m": 5.0}, Plan(1e9, 0.01))
     assert precise.tracks["m"].stopped == "precision"
     assert precise.number == 9
-    sure = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=7.0))
-    assert sure.tracks["m"].stopped == "decision"
-    assert sure.number == 9
-    near = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=5.1))
+    above = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=3.0))
+    assert above.tracks["m"].stopped == "decision"
+    assert above.number <= 20
+    near = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=4.9))
     assert near.tracks["m"].stopped == "decision"
     assert near.number > 12
+    below = Machine(noise=0.005).session({"m": 5.0}, Plan(1e9, 0.01, limit_ms=9.0))
+    assert below.tracks["m"].stopped == "precision", "its figure is wanted"
     late = Machine(noise=0.05).session({"m": 5.0}, Plan(0.5, 1e-9))
     assert late.tracks["m"].stopped == "time"
     hopeless = Machine().session({"m": 5.0}, Plan(1e-9, 1e-9))
-    assert (hopeless.tracks["m"].stopped, hopeless.number) == ("time", 3)
+    assert (hopeless.tracks["m"].stopped, hopeless.number) == ("time", 6)
 
 
-def test_one_candidate_to_one_per_cent_within_about_forty_runs() -> None:
-    """With call noise of 1 %, as a real-time process on a shared machine has it."""
+def test_one_candidate_to_one_per_cent_within_about_forty_timed_runs() -> None:
+    """With call noise of 1 %; warm-up, 0.2 s of any model, comes on top."""
     runs = [
-        Machine(seed, noise=0.01).session({"m": 8.0}, Plan(1e9, 0.01)).tracks["m"].runs for seed in range(20)
+        len(Machine(seed, noise=0.01).session({"m": 8.0}, Plan(1e9, 0.01)).tracks["m"].samples)
+        for seed in range(20)
     ]
-    settled = [run - 25 for run in runs]  # 0.2 s of warm-up are 25 calls of this model
-    assert statistics.median(settled) <= 40
+    assert statistics.median(runs) <= 40
 
 
 def test_a_model_is_warm_before_it_is_timed() -> None:
@@ -193,7 +195,7 @@ def test_without_time_the_warm_up_is_short() -> None:
     machine = Machine()
     rounds = machine.session({"m": 1000.0}, Plan(0.1, 0.01))
     assert rounds.tracks["m"].warmup_runs == 1
-    assert rounds.tracks["m"].runs == 2 + 3  # one call for a visit to so slow a model
+    assert rounds.tracks["m"].runs == 2 + 6  # one call for a visit to so slow a model
 
 
 def test_after_a_change_of_level_models_that_were_done_are_visited_again() -> None:
@@ -227,11 +229,11 @@ def test_who_is_touched_is_told_before() -> None:
     told: list[str] = []
     Machine().session({"a": 1.0, "b": 1.0}, Plan(1e-9, 0.5), on_visit=told.append)
     assert told[:6] == ["reference", "a", "b", "reference", "a", "b"]
-    assert told.count("a") == told.count("b") == 2 + 3
+    assert told.count("a") == told.count("b") == 2 + 6
 
 
 def test_a_given_scale_is_used_instead_of_the_sessions_own() -> None:
-    rounds = Machine(slowness=lambda at: 2.0).session({"m": 5.0}, Plan(1e9, 0.01), scale_ms=1.0)
+    rounds = Machine(slowness=lambda at: 2.0).session({"m": 5.0}, Plan(1e9, 0.01), scale_of=lambda clock: 1.0)
     assert rounds.long_run_ms() == 1.0
     assert statistics.median(rounds.reference_times()) == pytest.approx(2.0)
     assert statistics.median(rounds.ratios(rounds.tracks["m"])) * rounds.long_run_ms() == pytest.approx(5.0)
@@ -279,6 +281,35 @@ def test_only_quiet_visits_decide() -> None:
     assert all(ratio == pytest.approx(5.0, rel=0.02) for ratio in truth)
 
 
+def test_first_calls_that_were_made_before_are_not_repeated() -> None:
+    machine = Machine()
+    first = {"m": Times(77.0, 77.0, math.nan)}
+    rounds = machine.session({"m": 5.0}, Plan(1e-9, 0.5), first=first)
+    assert rounds.tracks["m"].first.wall == 77.0
+    assert machine.seen[:3] == ["reference", "reference", "m"]
+
+
+def test_long_sessions_read_their_clock_once_a_round() -> None:
+    looks = 0
+
+    def clock(calls: Sequence[Sequence[Times]]) -> str:
+        nonlocal looks
+        looks += 1
+        return "wall"
+
+    machine = Machine(noise=0.05)
+    models = {str(i): machine.model(str(i), 1.0) for i in range(10)}
+    rounds = Rounds(
+        models, machine.model("reference", 1.0), Plan(1e9, 1e-9, most_rounds=30), clock, now=machine.now
+    )
+    rounds.warm_up()
+    rounds.run()
+    for track in rounds.tracks.values():
+        rounds.ratios(track)
+        rounds.session_ms()
+    assert looks <= 32
+
+
 # -- comparison --------------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +355,7 @@ def test_pairs_against_one_or_all() -> None:
 def test_too_few_rounds_decide_nothing() -> None:
     rounds = Machine().session({"a": 1.0, "b": 9.0}, Plan(1e-9, 0.01, together=True))
     pair = compare(rounds.tracks["a"], rounds.tracks["b"], "wall")
-    assert (pair.verdict, pair.rounds) == ("cannot tell", 3)
+    assert (pair.verdict, pair.rounds) == ("cannot tell", 6)
     nothing = compare(rounds.tracks["a"], Track("c", lambda: Times(1, 1, 1)), "wall")
     assert (nothing.verdict, nothing.rounds) == ("cannot tell", 0)
     assert math.isnan(nothing.ratio)
