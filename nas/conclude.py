@@ -11,6 +11,7 @@ from concurrent.futures import Future, wait
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nas.executors.ray_targets import placed
 from nas.files import CorruptFile, read_record, write_record
 from nas.report.data import RunReport, TrialRow
 
@@ -176,7 +177,7 @@ def _judge(
             "weights_sha256": result.weights_sha256 if result else None,
         }
         tests[row.number] = executor.submit(
-            "nas.trial:finalist_metrics",
+            "nas.trial_around:finalist_metrics",
             payload,
             time_limit=config.trial_timeout,
             tag=f"test of trial {row.number}",
@@ -191,10 +192,11 @@ def _judge(
         "scale": str(study.run.scale),
     }
     timed = executor.submit(
-        "nas.trial:finalists_latency",
+        "nas.trial_around:finalists_latency",
         payload,
         time_limit=None if config.trial_timeout is None else config.trial_timeout + _TOGETHER_SECONDS,
         tag="latency of the finalists",
+        **placed(config.target),
     )
     if not _finish([timed], stopping):
         return None

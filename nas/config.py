@@ -83,13 +83,14 @@ class SearchConfig(_Model):
     controller_options: dict[str, Scalar] = Field(default_factory=dict)
     device: str = Field("cpu", description="where candidates train: cpu, cuda, cuda:1")
     target: str | None = Field(
-        None, description="where latency counts, such as cpu:1 or cuda+bf16; the device by default"
+        None,
+        description="where latency counts: cpu:1, cuda+bf16, {device: cpu, threads: 1}; by default the device",
     )
     trials: int = Field(30, ge=1, le=1_000_000)
     time_budget: float | None = Field(None, description="seconds, or 90s, 3m, 1h; no new candidate after it")
     epochs: int | None = Field(None, ge=1)
     training: TrainingOptions = Field(default_factory=lambda: TrainingOptions.model_validate({}))
-    pruner: Literal["median", "successive_halving", "none"] = "median"
+    pruner: Literal["median", "successive_halving", "asha", "hyperband", "none"] = "median"
     latency_budget: float | None = Field(
         None, gt=0, description="milliseconds; a slower candidate is not trained"
     )
@@ -108,9 +109,32 @@ class SearchConfig(_Model):
     )
     published: bool = Field(True, description="evaluate the baseline and the published variants first")
     storage: str | None = Field(None, description="another Optuna storage: a database URL or journal:FILE")
+    join: str | None = Field(
+        None, max_length=200, description="name of a study in the storage that several drivers share"
+    )
+    lease: float = Field(
+        60.0,
+        ge=1,
+        le=86400,
+        description="after so many seconds of silence others take over what a driver ran",
+    )
+    ray: str | None = Field(
+        None, description="run candidates on a Ray cluster: auto, local, HOST:PORT or ray://HOST:PORT"
+    )
+    cpus_per_trial: float = Field(1.0, gt=0, le=4096, description="with ray: processors of a candidate")
+    gpus_per_trial: float = Field(
+        0.0,
+        ge=0,
+        le=64,
+        description="with ray: GPUs of a candidate, below 1 for a share; 1 on CUDA by default",
+    )
+    ray_runtime_env: dict[str, Any] | None = Field(
+        None,
+        description="with ray: what its nodes need, as in Ray's documentation: working_dir, pip, env_vars",
+    )
     keep_weights: Literal["all", "front"] = "all"
 
-    @field_validator("time_budget", "trial_timeout", mode="before")
+    @field_validator("time_budget", "trial_timeout", "lease", mode="before")
     @classmethod
     def _duration(cls, value: object) -> float | None:
         return None if value is None else parse_duration(value)
@@ -119,6 +143,19 @@ class SearchConfig(_Model):
     @classmethod
     def _count(cls, value: object) -> int | None:
         return None if value is None else parse_count(value)
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_of_fields(cls, value: Any) -> Any:
+        """A recipe may give the parts of a target by name: {device: cpu, threads: 1, batch: 8}."""
+        if not isinstance(value, Mapping):
+            return value
+        from nas.latency.target import Target
+
+        try:
+            return str(Target.parse(value))
+        except UserMistake as mistake:
+            raise ValueError(str(mistake).removeprefix("target: ")) from None
 
     @field_validator("objectives")
     @classmethod
@@ -137,7 +174,18 @@ class SearchConfig(_Model):
 
     @model_validator(mode="after")
     def _check_text(self) -> SearchConfig:
-        for name in ("space", "task", "data", "evaluator", "controller", "device", "target", "storage"):
+        for name in (
+            "space",
+            "task",
+            "data",
+            "evaluator",
+            "controller",
+            "device",
+            "target",
+            "storage",
+            "join",
+            "ray",
+        ):
             text = getattr(self, name)
             if text is not None and (not text.strip() or any(ord(char) < 32 for char in text)):
                 raise ValueError(f"{name}: {text!r} is empty or holds control characters")

@@ -26,7 +26,7 @@ from spaces import get_space
 __all__ = ["Finding", "examine", "repair"]
 
 DISTRIBUTION = "nas-toolkit"
-_MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL"}
+_MODULES = {"psycopg2-binary": "psycopg2", "scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL"}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,10 @@ def repair(path: Path) -> list[str]:
     run.acquire()
     try:
         recorded = read_recorded(run)
-        identity = read_identity(run, Study.url(run, recorded.config.storage))
+        url = Study.url(run, recorded.config.storage)
+        identity = (
+            None if recorded.config.join else read_identity(run, url)
+        )  # a shared one is of its first driver
         config = recorded.config if identity is None else SearchConfig.parse(identity["config"])
         done = put_back(run, replace(recorded, config=config))
         if (recorded.edited or config != recorded.config) and run.recipe not in recorded.damage:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,9 +19,17 @@ from typing import IO, TYPE_CHECKING, Any
 from nas.files import CorruptFile
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from optuna.storages.journal import JournalFileBackend
 
-__all__ = ["JournalLock", "check_journal", "journal_records", "open_journal", "repair_journal_tail"]
+__all__ = [
+    "JournalLock",
+    "check_journal",
+    "journal_records",
+    "lock_of",
+    "open_journal",
+    "repair_journal_tail",
+]
 
 
 class JournalLock:
@@ -28,6 +37,9 @@ class JournalLock:
 
     The link of a dead driver is told from that of a living foreign program by its target, which leads to the journal
     as Optuna expects, but by a spelling of ours.
+
+    Whoever has it may take it again before giving it back, and so several changes become one step for others. What a
+    driver that was killed while it wrote has left of a record is cut off before anything is written after it.
 
     Raises OSError when the journal is no longer the file that was opened: nothing is written to another one.
     """
@@ -41,9 +53,22 @@ class JournalLock:
         self._foreign = JournalFileSymlinkLock(str(path))
         self._handle: IO[bytes] | None = None
         self._file: os.stat_result | None = None
+        self._thread = threading.RLock()
+        self._depth = 0
 
     def acquire(self) -> bool:
         """Wait for the lock."""
+        self._thread.acquire()
+        try:
+            if self._depth == 0:
+                self._take()
+            self._depth += 1
+        except BaseException:
+            self._thread.release()
+            raise
+        return True
+
+    def _take(self) -> None:
         handle = open(self._path, "r+b")  # noqa: SIM115  (held until release)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -52,11 +77,12 @@ class JournalLock:
             if not (os.path.samestat(now, self._file) and os.path.samestat(now, os.stat(self._path))):
                 raise OSError(errno.ESTALE, "it was replaced by another file", str(self._path))
             self._take_link()
+            if not _ends_well(handle):
+                repair_journal_tail(self._path)
         except BaseException:
             handle.close()
             raise
         self._handle = handle
-        return True
 
     def _take_link(self) -> None:
         # Whoever has the kernel's lock is the only driver of ours: such a link is a dead one's.
@@ -70,11 +96,28 @@ class JournalLock:
 
     def release(self) -> None:
         """Give the lock back."""
-        with contextlib.suppress(FileNotFoundError):  # somebody has waited too long for it
-            os.unlink(self._link)
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
+        self._depth -= 1
+        if self._depth == 0:
+            with contextlib.suppress(FileNotFoundError):  # somebody has waited too long for it
+                os.unlink(self._link)
+            if self._handle is not None:
+                self._handle.close()
+                self._handle = None
+        self._thread.release()
+
+
+def _ends_well(handle: IO[bytes]) -> bool:
+    size = handle.seek(0, os.SEEK_END)
+    if size == 0:
+        return True
+    handle.seek(size - 1)
+    return handle.read(1) == b"\n"
+
+
+def lock_of(storage: BaseStorage) -> JournalLock | None:
+    """The lock of a journal that was opened here for writing; None for every other storage."""
+    lock = getattr(getattr(storage, "_backend", None), "_lock", None)
+    return lock if isinstance(lock, JournalLock) else None
 
 
 def open_journal(path: Path) -> JournalFileBackend:
@@ -84,11 +127,8 @@ def open_journal(path: Path) -> JournalFileBackend:
 
     path.touch()
     lock = JournalLock(path)
-    lock.acquire()
-    try:
-        repair_journal_tail(path)
-    finally:
-        lock.release()
+    lock.acquire()  # cuts off what is torn
+    lock.release()
     check_journal(path)
     return JournalFileBackend(str(path), lock_obj=lock)  # type: ignore[arg-type]  # its base class is private
 

@@ -12,7 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nas.errors import RunStopped, SpaceExhausted, UserMistake
-from nas.study import StoredTrial, Study, TrialResult
+from nas.executors.ray_targets import placed
+from nas.study import KeyTaken, StoredTrial, Study, StudyFull, TakenOver, TrialResult
 
 if TYPE_CHECKING:
     from nas.config import SearchConfig
@@ -70,7 +71,7 @@ class Search:
         self._running: dict[Future[Outcome], StoredTrial] = {}
         self._waiting: deque[StoredTrial] = deque()
         self._first: deque[tuple[str, Architecture]] = deque()
-        self._count = 0
+        self._told_waiting = False
         self._succeeded = False
         self._failures_on_end = 0
         self._exhausted = False
@@ -85,9 +86,13 @@ class Search:
         deadline = None if self.config.time_budget is None else time.monotonic() + self.config.time_budget
         try:
             while not self.stopping.is_set():
+                self._listen()
                 self._fill(deadline)
                 if not self._running:
-                    break
+                    if not self._worth_waiting(deadline):
+                        break
+                    self.stopping.wait(0.2)
+                    continue
                 done, _ = wait(self._running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in done:
                     self._finish(self._running.pop(future), future.result())
@@ -100,17 +105,39 @@ class Search:
         self._waiting.extend(self.study.recover())
         trials = self.study.trials()
         known = {trial.key for trial in trials}
-        self._count = len(trials)
         for trial in trials:
-            if trial.result is None:
-                self.controller.reserve(trial.architecture)
-            else:
-                self._tell(trial)
-                self._replay_curve(trial, trial.result)
+            self._take_in(trial)
         for name, architecture in first:
             if self.study.space.key(architecture) not in known:
                 known.add(self.study.space.key(architecture))
                 self._first.append((name, architecture))
+
+    def _take_in(self, trial: StoredTrial) -> None:
+        if trial.result is None:
+            self.controller.reserve(trial.architecture)
+        else:
+            self._tell(trial)
+            self._replay_curve(trial, trial.result)
+
+    # -- what other drivers do -------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        for trial in self.study.news():
+            self._take_in(trial)
+            if trial.result is not None:
+                self.observer.finished(trial)
+
+    def _worth_waiting(self, deadline: float | None) -> bool:
+        """Whether other drivers may yet leave something to do, or to report."""
+        if deadline is not None and time.monotonic() >= deadline:
+            return False
+        at_work = self.study.others_at_work()
+        if at_work and not self._told_waiting:
+            self._told_waiting = True
+            self.observer.note(
+                "all candidates are given out; waiting for those of other drivers (Ctrl-C: stop)"
+            )
+        return at_work
 
     def _replay_curve(self, trial: StoredTrial, result: TrialResult) -> None:
         curve = {int(point["epoch"]): float(point["quality"]) for point in result.curve if "quality" in point}
@@ -132,23 +159,30 @@ class Search:
     def _next(self) -> StoredTrial | None:
         if self._waiting:
             return self.study.claim(self._waiting.popleft())
-        if self._count >= self.config.trials or self._exhausted:
-            return None
-        if self._first:
-            name, architecture = self._first.popleft()
-            self.controller.reserve(architecture)
-            return self._suggest(architecture, name)
-        try:
-            return self._suggest(self.controller.ask(), None)
-        except SpaceExhausted:
-            self._exhausted = True
-            self.observer.note(f"every architecture of the space has been evaluated ({self._count})")
-            return None
+        if (left := self.study.take_over()) is not None:
+            return left
+        while self.study.size < self.study.total(self.config.trials) and not self._exhausted:
+            try:
+                return self._suggest(*self._propose())
+            except KeyTaken:  # by another driver, a moment ago; the controller knows the architecture now
+                self._listen()
+            except StudyFull:
+                return None
+            except SpaceExhausted:
+                self._exhausted = True
+                self.observer.note(f"every architecture of the space has been evaluated ({self.study.size})")
+        return None
+
+    def _propose(self) -> tuple[Architecture, str | None]:
+        if not self._first:
+            return self.controller.ask(), None
+        name, architecture = self._first.popleft()
+        self.controller.reserve(architecture)
+        return architecture, name
 
     def _suggest(self, architecture: Architecture, name: str | None) -> StoredTrial:
-        seed = (self.config.seed * 1_000_003 + self._count) % 2**31
-        self._count += 1
-        return self.study.suggest(architecture, name=name, seed=seed)
+        base = self.config.seed * 1_000_003
+        return self.study.suggest(architecture, name=name, seed=lambda number: (base + number) % 2**31)
 
     def _submit(self, trial: StoredTrial) -> None:
         directory = self.study.run.trial(trial.number)
@@ -170,7 +204,7 @@ class Search:
             future = self.executor.submit(
                 "nas.trial:run_trial",
                 payload,
-                on_event=lambda event: self._on_event(trial, event),
+                on_event=lambda event: self._on_event(trial, event, payload),
                 time_limit=self.config.trial_timeout,
                 tag=f"trial {trial.number}",
             )
@@ -190,14 +224,28 @@ class Search:
             {name: latency[name] for name in _SAMPLE} for latency in found[-_SAMPLES:] if "work" in latency
         ]
 
-    def _on_event(self, trial: StoredTrial, event: dict[str, Any]) -> dict[str, Any] | None:
-        """Runs in a thread of the executor."""
+    def _on_event(
+        self, trial: StoredTrial, event: dict[str, Any], payload: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Runs in a thread of the executor, one for each trial, so that waiting holds up nobody else."""
+        if event["stage"] == "measure":
+            return self._measure_elsewhere(payload)
         self.observer.stage(trial, event)
         if event["stage"] == "begun":
             self._start_pruning(trial, event)
         if event["stage"] == "report":
             return {"stop": self.pruner.should_stop(trial.number, event["epoch"], event["quality"])}
         return None
+
+    def _measure_elsewhere(self, payload: dict[str, Any]) -> dict[str, Any] | None:
+        """A job of its own on the node that carries the target, while the trial waits."""
+        asked = {name: value for name, value in payload.items() if name not in ("directory", "log")}
+        place = placed(self.config.target)
+        limit = self.config.trial_timeout
+        outcome = self.executor.submit("nas.trial:measure_trial", asked, time_limit=limit, **place).result()
+        if outcome.failure is not None:
+            return {"failed": [outcome.failure.kind, outcome.failure.reason]}
+        return outcome.value
 
     def _start_pruning(self, trial: StoredTrial, metrics: dict[str, Any]) -> None:
         """Early stopping is fair only when every objective but the one of the curve is known before training."""
@@ -233,7 +281,11 @@ class Search:
                 "log_tail": outcome.failure.log_tail,
             }
             result = TrialResult(state="failed", failure=failure, seconds=outcome.seconds)
-        trial = self.study.record(trial, result)
+        try:
+            trial = self.study.record(trial, result)
+        except TakenOver as error:
+            self.observer.note(f"{error}; its result from here is not counted")
+            return
         self.pruner.finish(trial.number, complete=result.state == "complete")
         self._tell(trial)
         self.observer.finished(trial)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nas.ledger import Row
     from nas.run_directory import RunDirectory
 
-__all__ = ["STATES", "Found", "assemble", "mend_files", "ordered", "token_of"]
+__all__ = ["STATES", "Believed", "Found", "assemble", "believe", "mend_files", "ordered", "token_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Found:
 
 
 @dataclass
-class _Believed:
+class Believed:
     """What one row of the storage says that can be believed."""
 
     suggestion: Suggestion | None = None
@@ -80,9 +80,9 @@ def assemble(
     ``broken`` says why it could not be read at all.
     """
     found = Found(problems=[broken] if broken else [])
-    believed: list[_Believed] = []
+    believed: list[Believed] = []
     for index, row in enumerate(rows):
-        one, problem = _believe(row, index, token, objectives)
+        one, problem = believe(row, index, token, objectives)
         believed.append(one)
         if problem is not None:
             found.problems.append(f"{name} is damaged: trial {index}: {problem}")
@@ -90,7 +90,7 @@ def assemble(
     for number in range(
         _how_many(records, len(rows), [s.number for s in picked.suggestions if s.run == token])
     ):
-        one = believed[number] if number < len(believed) else _Believed()
+        one = believed[number] if number < len(believed) else Believed()
         if one.trial is not None:
             found.trials[number] = one.trial
         elif one.lost is not None:
@@ -130,11 +130,11 @@ def _is_damaged(records: Records, number: int) -> bool:
     return False
 
 
-def _believe(
+def believe(
     row: Row, index: int, token: str, objectives: Sequence[tuple[str, str]]
-) -> tuple[_Believed, str | None]:
+) -> tuple[Believed, str | None]:
     """What ``row``, the one at ``index``, says, and what about it cannot be."""
-    one = _Believed()
+    one = Believed()
     if isinstance(lost := row.attributes.get("lost"), str):
         one.lost = lost
         return one, None
@@ -195,7 +195,7 @@ def ordered(values: Mapping[str, float], objectives: Sequence[tuple[str, str]]) 
         raise CorruptFile("a result", f"it lacks the objective {error}") from None
 
 
-def _fill(found: Found, number: int, one: _Believed, records: Records, picked: Salvage, token: str) -> None:
+def _fill(found: Found, number: int, one: Believed, records: Records, picked: Salvage, token: str) -> None:
     """Take what the storage does not say about a trial from its files, or from what was salvaged."""
     suggestion = one.suggestion or picked.suggestion(number, token)
     if suggestion is None:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from nas.config import SearchConfig, load_recipe, to_yaml
 from nas.errors import UserMistake
 from nas.files import CorruptFile, atomic_write_text, read_record, write_record
-from nas.resolve import CHANGEABLE
+from nas.resolve import CHANGEABLE, resolved_storage
 from nas.storage import keep_copy
-from nas.stored import read_identity
+from nas.stored import look_up, read_identity, study_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nas.run_directory import RunDirectory
 
-__all__ = ["Recorded", "edits", "put_back", "read_recorded", "write_start"]
+__all__ = ["Recorded", "edits", "put_back", "read_recorded", "restore", "write_start"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Recorded:
 
 
 def write_start(run: RunDirectory, config: SearchConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write both files of a new run; returns the facts with the recipe and a token of this run added.
+    """Write both files of a new run; returns the facts with the recipe and, unless they have one, a token of this
+    run added.
 
     A directory is a run from the moment it has a recipe: from then on the same command resumes it.
     """
-    facts = {**facts, "recipe": config.dump(), "run": uuid.uuid4().hex}
+    facts = {**facts, "recipe": config.dump(), "run": facts.get("run") or uuid.uuid4().hex}
     write_record(run.environment, facts)
     atomic_write_text(run.recipe, to_yaml(config))
     return facts
@@ -77,7 +78,8 @@ def read_recorded(run: RunDirectory) -> Recorded:
     original: dict[str, Any] | None = (facts or {}).get("recipe")
     if damage:
         known = original or (found.dump() if found is not None else {})
-        identity = read_identity(run, str(known.get("storage") or f"sqlite:///{run.database}")) or {}
+        url = str(known.get("storage") or f"sqlite:///{run.database}")
+        identity = read_identity(run, url, known.get("join")) or {}
         original = identity.get("config") or original
         facts = facts if facts is not None else identity.get("facts")
     return _merged(run, None if run.recipe in damage else found, original, facts, damage)
@@ -119,6 +121,33 @@ def put_back(run: RunDirectory, recorded: Recorded) -> list[str]:
             write_record(path, recorded.facts)
         lines.append(f"{path} is damaged: {why}; it was written anew{kept}")
     return lines
+
+
+def restore(run: RunDirectory, url: str) -> None:
+    """Make a run directory that is not there from what its study in the storage ``url`` says of it.
+
+    The study has the name of the directory. What ran lost its weights with the other directory, and nothing else; the
+    records of the trials are written by whoever opens the study. Raises UserMistake when there is no such study, or it
+    is one to be joined.
+    """
+    if not run.is_empty():
+        raise UserMistake(f"{run.path}: holds files but no run; give a directory that is empty or not there")
+    url = resolved_storage(url) or url
+    identity, others = look_up(run, url)
+    if identity is None:
+        there = f"it has {', '.join(others[:5])}" if others else "it has none"
+        raise UserMistake(
+            f"--storage: there is no study {study_name(run)!r} ({there}); give the run directory the study's name"
+        )
+    config = SearchConfig.parse({**identity["config"], "storage": url}, "the study")
+    if config.join is not None:
+        text = f"join it: nas search --join {config.join} --storage ... --out {run.path}"
+        raise UserMistake(f"{run.path}: the study {config.join!r} is shared by several drivers; {text}")
+    run.acquire()
+    try:
+        write_start(run, config, {**identity["facts"], "run": identity["run"]})
+    finally:
+        run.release()
 
 
 def _reason(text: str, path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nas.config import SearchConfig
 from nas.environment import usable_cpus
 from nas.errors import UserMistake
+from nas.executors.ray_targets import split_ray_target
 from nas.storage import local_file
 
 if TYPE_CHECKING:
@@ -20,7 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["CHANGEABLE", "changed_keys", "objectives_of", "resolve"]
 
 CHANGEABLE = frozenset(
-    {"trials", "time_budget", "workers", "trial_timeout", "memory_limit", "retries", "keep_weights"}
+    {
+        "trials",
+        "time_budget",
+        "workers",
+        "trial_timeout",
+        "memory_limit",
+        "retries",
+        "keep_weights",
+        "ray",
+        "cpus_per_trial",
+        "gpus_per_trial",
+        "ray_runtime_env",
+    }
 )
 """Keys that may differ when a run is resumed, because they do not change what a result means."""
 
@@ -30,24 +43,36 @@ MAX_AUTOMATIC_WORKERS = 4
 def resolve(config: SearchConfig) -> SearchConfig:
     """Fill in the target and the workers, make paths absolute, and check the device and the target.
 
-    Raises UserMistake when a device or target does not exist here.
+    On a cluster the devices are those of its nodes, which are not checked from here, and ``workers`` may stay open
+    until its room is known. Raises UserMistake when a device or target does not exist here.
     """
     from nas.latency.target import Target
 
     changes: dict[str, Any] = {}
     device = Target.parse(config.device) if config.device.startswith("cuda") else None
     if device is not None and device.device == config.device:
-        device.check()
+        if config.ray is None:
+            device.check()
+        elif not config.gpus_per_trial:
+            changes["gpus_per_trial"] = 1.0
     elif config.device != "cpu":
         raise UserMistake(f"--device {config.device}: must be cpu, cuda or cuda:N; see 'nas doctor'")
-    target = Target.parse(config.target or ("cpu:1" if config.device == "cpu" else config.device))
-    target.check()
-    changes["target"] = str(target)
-    workers = config.workers or _automatic_workers(config)
-    changes["workers"] = workers
+    resource, text = split_ray_target(config.target or "")
+    target = Target.parse(text or ("cpu:1" if config.device == "cpu" else config.device))
+    if target.size is not None:
+        raise UserMistake(
+            f"--target {config.target}: a search measures with the task's own inputs; leave /{target.size} out"
+        )
+    if config.ray is None:
+        if resource is not None:
+            raise UserMistake(f"--target {config.target}: needs a cluster; give --ray ADDRESS as well")
+        target.check()
+        changes["workers"] = config.workers or _automatic_workers(config)
+    changes["target"] = str(target) if resource is None else f"ray:{resource}/{target}"
+    changes["ray_runtime_env"] = _absolute_folder(config.ray_runtime_env)
     for key in ("space", "evaluator", "data"):
         changes[key] = _absolute(getattr(config, key))
-    changes["storage"] = _absolute_storage(config.storage)
+    changes["storage"] = resolved_storage(config.storage)
     if ":" in config.evaluator and config.objectives is None:
         raise UserMistake(
             f"--evaluator {config.evaluator}: name what it returns, such as --objective score:maximize"
@@ -71,7 +96,15 @@ def _absolute(text: str | None) -> str | None:
     return f"{Path(path).resolve()}{separator}{attribute}"
 
 
-def _absolute_storage(url: str | None) -> str | None:
+def _absolute_folder(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
+    folder = (runtime_env or {}).get("working_dir")
+    if runtime_env is None or not isinstance(folder, str) or not os.path.isdir(folder):
+        return runtime_env
+    return {**runtime_env, "working_dir": os.path.abspath(folder)}
+
+
+def resolved_storage(url: str | None) -> str | None:
+    """The URL with the path of its file, if it has one, absolute."""
     path = local_file(url) if url is not None else None
     if url is None or path is None:
         return url
@@ -97,11 +130,12 @@ def changed_keys(given: Mapping[str, Any], recorded: SearchConfig) -> list[str]:
         if key in ("space", "evaluator", "data"):
             new = _absolute(new)
         if key == "storage":
-            new = _absolute_storage(new)
+            new = resolved_storage(new)
         if key == "target" and new is not None:
             from nas.latency.target import Target
 
-            new = str(Target.parse(new))
+            resource, text = split_ray_target(new)
+            new = str(Target.parse(text)) if resource is None else f"ray:{resource}/{Target.parse(text)}"
         if new is not None and new != old and key not in CHANGEABLE:
             changes.append(f"{key}: {old} -> {new}")
     return changes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +20,23 @@ from nas.config import SearchConfig, to_yaml
 from nas.controllers import make_controller
 from nas.environment import describe_environment, usable_cpus
 from nas.errors import RunStopped, UserMistake
-from nas.executors import LocalExecutor
+from nas.executors import LocalExecutor, RayExecutor
+from nas.executors.ray_targets import placed, split_ray_target
 from nas.files import atomic_write_text
+from nas.joining import JoinedStudy
 from nas.loop import Observer, Search
 from nas.pruning import CurvePruner
 from nas.recorded import edits, put_back, read_recorded, write_start
-from nas.resolve import CHANGEABLE, changed_keys, objectives_of, probe_architectures, resolve
+from nas.resolve import (
+    CHANGEABLE,
+    changed_keys,
+    objectives_of,
+    probe_architectures,
+    resolve,
+    resolved_storage,
+)
 from nas.run_directory import RunDirectory
+from nas.shared import joined_settings, require_shareable, shared_identity
 from nas.study import Study
 from spaces import get_space
 from spaces.loading import load_object
@@ -45,7 +57,7 @@ class SessionObserver(Observer, Protocol):
     """Who watches a whole run."""
 
     def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None:
-        """What the space is, before the search; ``found`` is what ``nas.trial.probe`` returned."""
+        """What the space is, before the search; ``found`` is what ``nas.trial_around.probe`` returned."""
 
     def searching(self, config: SearchConfig, finished: Sequence[StoredTrial]) -> None:
         """The search begins; the results of ``finished`` are known from before."""
@@ -66,8 +78,11 @@ class _SetUp:
     facts: dict[str, Any]
 
 
-def default_directory(space: str) -> Path:
-    """``runs/SPACE-DATE-TIME`` below the current directory."""
+def default_directory(space: str, join: str | None = None) -> Path:
+    """``runs/SPACE-DATE-TIME`` below the current directory, ``runs/STUDY-HOST-PID`` for one of several drivers."""
+    if join is not None:
+        name = "".join(char if char.isalnum() or char in "-_" else "-" for char in join)
+        return Path("runs") / f"{name}-{socket.gethostname()}-{os.getpid()}"
     name = "".join(char if char.isalnum() or char in "-_" else "-" for char in Path(space.split(":")[0]).stem)
     return Path("runs") / f"{name or 'search'}-{datetime.now():%Y%m%d-%H%M%S}"
 
@@ -130,9 +145,12 @@ class Session:
     # -- setting up ------------------------------------------------------------------------------------------------
 
     def _start(self, given: Mapping[str, Any]) -> _SetUp:
-        config = resolve(SearchConfig.parse(given))
-        Study.require_free(self.run_directory, config.dump())
+        shared = self._shared(given) if given.get("join") else None
+        config = resolve(SearchConfig.parse(given if shared is None else joined_settings(given, shared)))
+        if config.join is None:
+            Study.require_free(self.run_directory, config.dump())
         executor = self._make_executor(config)
+        config = _with_places(config, executor)
         space = self._space or get_space(config.space, task=config.task)
         make_controller(config.controller, space, ["minimize"], config.seed, **config.controller_options)
         _check_evaluator(config.evaluator)
@@ -142,7 +160,9 @@ class Session:
             "task": {},
             "epochs": config.epochs or 1,
         }
-        if ":" not in config.evaluator:
+        if shared is not None:
+            facts = dict(shared["facts"])
+        elif ":" not in config.evaluator:
             facts = self._probe(executor, config, space)
         objectives = objectives_of(config, facts["objective"])
         resolved = {"objectives": [f"{name}:{direction}" for name, direction in objectives]}
@@ -152,11 +172,22 @@ class Session:
         make_controller(
             config.controller, space, [d for _, d in objectives], config.seed, **config.controller_options
         )
-        facts["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        facts.setdefault("started", datetime.now().astimezone().isoformat(timespec="seconds"))
+        if shared is not None and (line := _other_machine(facts)):
+            self.observer.note(line)
         facts["environment"] = describe_environment(gpu=config.device != "cpu")
+        if config.join is not None:
+            joined, facts = JoinedStudy.begin(self.run_directory, space, objectives, config.dump(), facts)
+            facts = write_start(self.run_directory, config, facts)
+            return _SetUp(_with_total(config, joined), space, joined, facts)
         facts = write_start(self.run_directory, config, facts)
         study = Study.create(self.run_directory, space, objectives, config.dump(), facts)
         return _SetUp(config, space, study, facts)
+
+    def _shared(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the study to be joined says of itself; None when this driver is the first."""
+        url = require_shareable(resolved_storage(given.get("storage")))
+        return shared_identity(self.run_directory, url, str(given["join"]))
 
     def _resume(self, given: Mapping[str, Any]) -> _SetUp:
         recorded = read_recorded(self.run_directory)
@@ -169,7 +200,7 @@ class Session:
             )
         wanted = {key: value for key, value in given.items() if key in CHANGEABLE and value is not None}
         config = resolve(SearchConfig.parse({**config.dump(), **wanted}))
-        self._make_executor(config)
+        config = _with_places(config, self._make_executor(config))
         space = self._space or get_space(config.space, task=config.task)
         objectives = objectives_of(config, None)
         study, mended = Study.open(self.run_directory, space, objectives, config.dump(), recorded.facts)
@@ -177,18 +208,33 @@ class Session:
             self.observer.note(line)
         for line in [*put_back(self.run_directory, recorded), *mended]:
             self.observer.note(line)
-        if changed := edits(recorded.config, study.started_config()):
+        if config.join is None and (changed := edits(recorded.config, study.started_config())):
             texts = "; ".join(changed.values())
             self.observer.note(f"{self.run_directory.recipe} was changed since the last session: {texts}")
         study.adopt(config.dump())
+        config = _with_total(config, study)
         atomic_write_text(self.run_directory.recipe, to_yaml(config))
         return _SetUp(
             config, space, study, recorded.facts or {"candidates": {}, "epochs": config.epochs or 1}
         )
 
     def _make_executor(self, config: SearchConfig) -> Executor:
-        if self._executor is None:
-            model = ":" not in config.evaluator
+        model = ":" not in config.evaluator
+        if self._executor is None and config.ray is not None:
+            self._executor = RayExecutor(
+                config.workers,
+                address=config.ray,
+                cpus_per_trial=config.cpus_per_trial,
+                gpus_per_trial=config.gpus_per_trial,
+                runtime_env=config.ray_runtime_env,
+                measure_on=split_ray_target(config.target or "")[0],
+                memory_limit_bytes=config.memory_limit,
+                retries=config.retries,
+                environment={"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_trial)))},
+                setup="nas.evaluators.train" if model else "nas.trial",
+                announce=True,
+            )
+        elif self._executor is None:
             environment = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // (config.workers or 1)))}
             executor = LocalExecutor(
                 config.workers or 1,
@@ -209,7 +255,7 @@ class Session:
 
     def _probe(self, executor: Executor, config: SearchConfig, space: SearchSpace) -> dict[str, Any]:
         payload = {"config": config.dump(), "architectures": probe_architectures(space, config.seed)}
-        future = executor.submit("nas.trial:probe", payload, tag="probe")
+        future = executor.submit("nas.trial_around:probe", payload, tag="probe", **placed(config.target))
         while not wait([future], timeout=0.2).done:
             if self.stopping.is_set():
                 raise Stopped
@@ -229,8 +275,13 @@ class Session:
         assert self._executor is not None  # made while setting up
         directions = [direction for _, direction in study.objectives]
         controller = make_controller(
-            config.controller, space, directions, config.seed, **config.controller_options
+            config.controller,
+            space,
+            directions,
+            study.controller_seed(config.seed),
+            **config.controller_options,
         )
+        study.stop_waiting(self.stopping)
         pruner = CurvePruner(config.pruner, int(set_up.facts.get("epochs") or config.epochs or 1))
         self._search = Search(config, study, controller, self._executor, pruner, self.observer)
         if self.stopping.is_set():
@@ -238,6 +289,7 @@ class Session:
         self.observer.searching(config, [trial for trial in study.trials() if trial.result is not None])
         started = time.monotonic()
         self._search.run(_first_architectures(space, config))
+        study.gather()
         logger.info("searched for %.1f s", time.monotonic() - started)
 
 
@@ -250,6 +302,18 @@ def _other_machine(facts: Mapping[str, Any]) -> str:
         f"this run was started on {before.get('model')}, this is {now['model']}: "
         "latencies measured here cannot be compared with the earlier ones"
     )
+
+
+def _with_places(config: SearchConfig, executor: Executor) -> SearchConfig:
+    """On a cluster, how many candidates run at a time is known only now."""
+    if config.workers is not None:
+        return config
+    places = executor.workers if isinstance(executor, RayExecutor) else executor.capacity
+    return config.model_copy(update={"workers": places})
+
+
+def _with_total(config: SearchConfig, study: Study) -> SearchConfig:
+    return config.model_copy(update={"trials": study.total(config.trials)})
 
 
 def _share_of_memory(workers: int) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
+import random
 import re
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 60.0
 _PASSING = ("locked", "unable to open", "readonly", "disk is full", "disk I/O error")
+_OPENINGS = 8
+"""Two drivers that open a new database together both make its tables, and all but one of them fail at that."""
+_MADE_BY_ANOTHER = ("already exists", "unique", "duplicate", "deadlock", "no such table", "concurrently")
 _COMPANIONS = ("-wal", "-shm", "-journal")
 _LOCAL_FILE_SYSTEMS = frozenset(
     {"apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "hfs", "overlay", "tmpfs", "xfs", "zfs"}
@@ -161,19 +167,50 @@ def stop_on_error(what: str) -> Iterator[None]:
 
 
 def _open_server(url: str, *, reading: bool) -> BaseStorage:
-    import optuna
-
     shown = f"--storage {_hide_password(url)}"
-
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        return _made_or_found(url)
     except ImportError as error:
-        raise UserMistake(f"{shown}: its driver is missing ({error}); install it") from None
+        reason = str(error.__cause__ or error)
+        way_out = "install it"
+        if url.startswith("postgres"):
+            way_out = "pip install 'nas-toolkit[postgresql]'"
+        raise UserMistake(f"{shown}: its driver is missing ({reason}); {way_out}") from None
     except Exception as error:
         if reading:
             raise DamagedStorage(f"{shown}: cannot be opened ({error_text(error)})") from None
         advice = "give a database URL that Optuna accepts, or journal:FILE"
         raise UserMistake(f"{shown}: cannot be opened ({error_text(error)}); {advice}") from None
+
+
+def _made_or_found(url: str) -> BaseStorage:
+    import optuna
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for attempt in range(_OPENINGS):
+        try:
+            return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs={"pool_pre_ping": True})
+        except (
+            IntegrityError,
+            OperationalError,
+            ProgrammingError,
+            optuna.exceptions.StorageInternalError,
+        ) as error:
+            text = f"{error} {error.__cause__}".lower()
+            if attempt + 1 == _OPENINGS or not any(word in text for word in _MADE_BY_ANOTHER):
+                raise
+        # Some of them wait longer than others, or they would meet again.
+        time.sleep(random.uniform(0.05, 0.3) * (attempt + 1))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _with_driver(url: str) -> str:
+    """Which driver ``postgresql://`` means depends on SQLAlchemy's version: here it is the one that is installed."""
+    scheme, separator, rest = url.partition("://")
+    if scheme not in ("postgresql", "postgres"):
+        return url
+    found = [name for name in ("psycopg2", "psycopg") if importlib.util.find_spec(name) is not None]
+    return f"postgresql+{found[0] if found else 'psycopg2'}{separator}{rest}"
 
 
 def _open_journal(path: Path, *, reading: bool) -> BaseStorage:

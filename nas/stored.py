@@ -36,7 +36,16 @@ if TYPE_CHECKING:
     from nas.run_directory import RunDirectory
     from spaces import SearchSpace
 
-__all__ = ["OPTUNA_STATES", "StoredStudy", "append_trials", "make_identity", "make_study", "study_name"]
+__all__ = [
+    "OPTUNA_STATES",
+    "StoredStudy",
+    "append_trials",
+    "look_up",
+    "make_identity",
+    "make_study",
+    "read_identity",
+    "study_name",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +85,14 @@ class StoredStudy:
         run: the run directory.
         url: its storage.
         reading: open it for reading only.
+        name: the study's; by default that of the run directory.
 
     Raises UserMistake when the storage cannot be reached, or is damaged and on a server; not for ``reading``.
     """
 
-    def __init__(self, run: RunDirectory, url: str, *, reading: bool):
+    def __init__(self, run: RunDirectory, url: str, *, reading: bool, name: str | None = None):
         self.url = url
+        self.study = name or study_name(run)
         self.name = Path(path).name if (path := local_file(url)) else "the storage"
         self.storage: BaseStorage | None = None
         self.study_id: int | None = None
@@ -98,17 +109,18 @@ class StoredStudy:
         try:
             self.storage = open_storage(self.url, reading=reading)
             self.require_in_place()
-            self._find(run)
+            self.find(run)
         except MissingStudy:
             return
         except DamagedStorage as error:
             self._give_up(str(error), reading=reading)
 
-    def _find(self, run: RunDirectory) -> None:
+    def find(self, run: RunDirectory) -> None:
+        """Look for the study in the storage that is open. Raises DamagedStorage."""
         assert self.storage is not None  # it was just opened
         try:
             studies = self.storage.get_all_studies()
-            found = _of_run(studies, run, self.url)
+            found = _of_run(studies, self.study, run, self.url)
             if found is None:
                 return
             if "nas" not in found.user_attrs and not self.storage.get_all_trials(
@@ -168,7 +180,7 @@ class StoredStudy:
             return
         if self.identity["run"] != identity["run"]:
             raise UserMistake(
-                f"--storage: the study {study_name(run)!r} there belongs to another run; use another storage, "
+                f"--storage: the study {self.study!r} there belongs to another run; use another storage, "
                 "or give the run directory another name"
             )
         if self.identity["fingerprint"] != identity["fingerprint"]:
@@ -213,7 +225,7 @@ class StoredStudy:
         """
         assert self.storage is not None  # asked for only when it is there
         if self.study_id is None:
-            self.study_id = make_study(self.storage, study_name(run), objectives)
+            self.study_id = make_study(self.storage, self.study, objectives)
         self.write_identity(identity, objectives)
 
     def complete(
@@ -267,12 +279,19 @@ class StoredStudy:
         """Record what the study is, unless it is recorded already."""
         assert self.storage is not None  # asked for only when it is there
         assert self.study_id is not None
+        self.name_metrics(objectives)
+        if self.identity != identity:
+            self.storage.set_study_user_attr(self.study_id, "nas", seal(identity))
+        self.identity = dict(identity)
+
+    def name_metrics(self, objectives: Sequence[tuple[str, str]]) -> None:
+        """Record the names of the objectives where dashboards look for them, unless they are recorded already."""
+        assert self.storage is not None  # asked for only when it is there
+        assert self.study_id is not None
         names = [name for name, _ in objectives]
         if self._metric_names != names:
             self.storage.set_study_system_attr(self.study_id, _METRIC_NAMES, names)
-        if self.identity != identity:
-            self.storage.set_study_user_attr(self.study_id, "nas", seal(identity))
-        self._metric_names, self.identity = names, dict(identity)
+        self._metric_names = names
 
     def _rebuild(
         self,
@@ -286,7 +305,7 @@ class StoredStudy:
         self.close()
 
         def fill(storage: BaseStorage) -> None:
-            study_id = make_study(storage, study_name(run), objectives)
+            study_id = make_study(storage, self.study, objectives)
             storage.set_study_system_attr(study_id, _METRIC_NAMES, [name for name, _ in objectives])
             storage.set_study_user_attr(study_id, "nas", seal(identity))
             ledger = make_ledger(storage, study_id, distributions_of(space))
@@ -295,8 +314,8 @@ class StoredStudy:
         return replace_storage(self.url, fill)
 
 
-def _of_run(studies: Sequence[FrozenStudy], run: RunDirectory, url: str) -> FrozenStudy | None:
-    named = [study for study in studies if study.study_name == study_name(run)]
+def _of_run(studies: Sequence[FrozenStudy], name: str, run: RunDirectory, url: str) -> FrozenStudy | None:
+    named = [study for study in studies if study.study_name == name]
     # A run directory may have been renamed since; its own file holds one study whatever its name.
     if not named and len(studies) == 1 and local_file(url) == run.database:
         return studies[0]
@@ -361,10 +380,25 @@ def _distribution(parameter: object) -> BaseDistribution:
     raise TypeError(f"no Optuna distribution for {parameter!r}")
 
 
-def read_identity(run: RunDirectory, url: str) -> dict[str, Any] | None:
+def look_up(run: RunDirectory, url: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The record of a run's study, None when there is none, and the names of all studies in the storage.
+
+    Raises UserMistake when it cannot be read.
+    """
+    stored = StoredStudy(run, url, reading=True)
+    try:
+        if stored.broken is not None:
+            raise UserMistake(f"--storage: {stored.broken}; give the storage of the study")
+        studies = stored.storage.get_all_studies() if stored.storage is not None else []
+        return stored.identity, sorted(study.study_name for study in studies)
+    finally:
+        stored.close()
+
+
+def read_identity(run: RunDirectory, url: str, name: str | None = None) -> dict[str, Any] | None:
     """The record of a run's study, for what else has been lost; None when it cannot be read either."""
     with contextlib.suppress(UserMistake):
-        stored = StoredStudy(run, url, reading=True)
+        stored = StoredStudy(run, url, reading=True, name=name)
         stored.token(run, None)
         stored.close()
         return stored.identity

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,22 @@ from nas.storage import (
 from nas.stored import OPTUNA_STATES, StoredStudy, make_identity, study_name
 
 if TYPE_CHECKING:
+    import threading
+
     from nas.ledger import Ledger
     from nas.pareto import Direction
     from nas.run_directory import RunDirectory
     from spaces import Architecture, SearchSpace
 
-__all__ = ["MAX_INTERRUPTIONS", "StoredTrial", "Study", "TrialResult"]
+__all__ = [
+    "MAX_INTERRUPTIONS",
+    "KeyTaken",
+    "StoredTrial",
+    "Study",
+    "StudyFull",
+    "TakenOver",
+    "TrialResult",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +55,23 @@ MAX_INTERRUPTIONS = 3
 _TOLD = 3
 
 
+class KeyTaken(RuntimeError):
+    """Another driver of a shared study has reserved this architecture."""
+
+
+class StudyFull(RuntimeError):
+    """All trials of a shared study are reserved."""
+
+
+class TakenOver(RuntimeError):
+    """Another driver of a shared study has this trial now; what comes of it here does not count."""
+
+
 class Study:
     """All trials of one search. Open it with ``Study.create`` or ``Study.open`` while holding the run directory.
 
-    Nobody else writes to it then, so what was read once is kept in memory.
+    Nobody else writes to it then, so what was read once is kept in memory. ``nas.joining.JoinedStudy`` is one that
+    several drivers share; what only concerns those is here what it is for a driver that is alone.
     """
 
     def __init__(
@@ -140,6 +163,10 @@ class Study:
         changed since, RunStopped when nothing can be written.
         """
         run.require_lock()
+        if config.get("join"):
+            from nas.joining import JoinedStudy
+
+            return JoinedStudy.reopen(run, space, objectives, config, facts)
         url = cls.url(run, config.get("storage"))
         with stop_on_error(f"the study in {run.path}"):
             stored = StoredStudy(run, url, reading=False)
@@ -179,7 +206,8 @@ class Study:
         What is damaged is taken from the other copy, or left out, with a warning in the log; nothing is written.
         Raises DamagedStorage when no trial can be read.
         """
-        stored = StoredStudy(run, cls.url(run, config.get("storage")), reading=True)
+        url = cls.url(run, config.get("storage"))
+        stored = StoredStudy(run, url, reading=True, name=config.get("join"))
         token = stored.token(run, facts) or ""
         if stored.identity is not None:  # a recipe can be edited
             given = stored.identity["objectives"]
@@ -203,6 +231,11 @@ class Study:
         """All trials in order of their numbers; those whose record is lost are left out."""
         return [self._trials[number] for number in sorted(self._trials)]
 
+    @property
+    def size(self) -> int:
+        """How many trials are known."""
+        return len(self._trials)
+
     def started_config(self) -> dict[str, Any]:
         """The configuration the study was started or last resumed with; empty when that cannot be read."""
         return dict((self._stored.identity or {}).get("config") or {})
@@ -223,14 +256,46 @@ class Study:
             logger.warning("%s", error)
             return None
 
+    # -- what other drivers do -------------------------------------------------------------------------------------
+
+    def total(self, wanted: int) -> int:
+        """How many trials the study is to have, where this driver was asked for ``wanted``."""
+        return wanted
+
+    def controller_seed(self, seed: int) -> int:
+        """The seed of this driver's controller."""
+        return seed
+
+    def news(self) -> list[StoredTrial]:
+        """Trials that other drivers have begun or finished since the last call. May be called as often as one likes."""
+        return []
+
+    def take_over(self) -> StoredTrial | None:
+        """A trial that another driver has left, to be run here."""
+        return None
+
+    def others_at_work(self) -> bool:
+        """Whether other drivers still evaluate candidates."""
+        return False
+
+    def gather(self) -> None:
+        """Take what other drivers have left in their run directories, as far as these can be reached."""
+
+    def stop_waiting(self, stopping: threading.Event) -> None:
+        """Once ``stopping`` is set, no longer wait for a server that cannot be reached."""
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def suggest(self, architecture: Architecture, *, name: str | None = None, seed: int = 0) -> StoredTrial:
-        """Record that ``architecture`` is about to be evaluated; durable when this returns. Raises RunStopped."""
+    def suggest(
+        self, architecture: Architecture, *, name: str | None = None, seed: int | Callable[[int], int] = 0
+    ) -> StoredTrial:
+        """Record that ``architecture`` is about to be evaluated; durable when this returns.
+
+        ``seed`` may depend on the number that the trial gets. Raises RunStopped, and in a shared study KeyTaken and
+        StudyFull.
+        """
         ledger = self._writable()
-        architecture = self.space.canonical(architecture)
-        key = self.space.key(architecture)
-        trial = StoredTrial(self._count, -1, architecture, key, name, seed, "running")
+        trial = self._new_trial(architecture, name, seed)
         with stop_on_error(self._where):
             attributes = {"nas": seal(trial.suggestion(self.token).to_dict())}
             trial_id, number = ledger.create("RUNNING", architecture, attributes)
@@ -241,8 +306,19 @@ class Study:
             self._records.write_suggestion(trial)
         return trial
 
+    def _new_trial(
+        self, architecture: Architecture, name: str | None, seed: int | Callable[[int], int]
+    ) -> StoredTrial:
+        architecture = self.space.canonical(architecture)
+        number = self._count
+        chosen = seed if isinstance(seed, int) else seed(number)
+        return StoredTrial(number, -1, architecture, self.space.key(architecture), name, chosen, "running")
+
     def record(self, trial: StoredTrial, result: TrialResult) -> StoredTrial:
-        """Record the result of a trial; durable when this returns. Raises RunStopped if it is recorded already."""
+        """Record the result of a trial; durable when this returns.
+
+        Raises RunStopped if it is recorded already, and in a shared study TakenOver if another driver has it now.
+        """
         ledger = self._writable()
         values = self._finite(result.values) if result.state == "complete" else None
         sealed = seal({**result.to_dict(), "key": trial.key})

@@ -7,30 +7,30 @@ a node of a cluster.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nas.environment import usable_cpus
-from nas.errors import TrialFailure, UserMistake, nearest
-from nas.export import describe_signature
+from nas.errors import TrialFailure, UserMistake
+from nas.executors.ray_targets import split_ray_target
 from nas.files import CorruptFile, read_record, write_record
-from nas.trial_latency import against, alone_on, measure_candidate, over_budget, predicted_over_budget
+from nas.trial_latency import measure_candidate, over_budget, predicted_over_budget
+from nas.trial_parts import count, skeleton_of, space_of, target_of, task_of, training_threads
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nas.latency import Target
     from nas.tasks.base import Task
-    from spaces import Architecture, SearchSpace
 
-__all__ = ["Channel", "finalist_metrics", "finalists_latency", "probe", "provide", "run_trial"]
+__all__ = [
+    "Channel",
+    "measure_trial",
+    "provide",
+    "run_trial",
+]
 
-_SPACES: dict[tuple[str, str | None], SearchSpace] = {}
-_TASKS: dict[str, Task] = {}
 _PROVIDED: dict[str, Callable[..., Mapping[str, float]]] = {}
 
 
@@ -194,18 +194,18 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
         "curve": [],
         "failure": None,
     }
-    torch.set_num_threads(_training_threads(config))
+    torch.set_num_threads(training_threads(config))
     with gate.shared():
-        task = _task(config)
-        if over := predicted_over_budget(_skeleton(config, task, payload["architecture"]), task, payload):
+        task = task_of(config)
+        if over := predicted_over_budget(skeleton_of(config, task, payload["architecture"]), task, payload):
             return _stopped(result, over, "budget")
         torch.manual_seed(payload["seed"])
-        model = _space(config).build(payload["architecture"], task.signature)
-        result["metrics"].update(_count(model, task))
+        model = space_of(config).build(payload["architecture"], task.signature)
+        result["metrics"].update(count(model, task))
     channel.event({"stage": "counted", **result["metrics"]})
     if (over := _over_limits(config, result["metrics"])) is not None:
         return _stopped(result, over, "budget")
-    result["latency"] = measure_candidate(model, task, _target(config), payload)
+    result["latency"] = _latency(model, task, payload, channel)
     channel.event({"stage": "measured", "latency": result["latency"]})
     if (over := over_budget(config["latency_budget"], result["latency"])) is not None:
         return _stopped(result, over, "budget")
@@ -218,23 +218,35 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
     result["metrics"].update(evaluation.metrics)
     result["curve"] = curve.points
     if evaluation.stopped_early:
-        return _stopped(result, f"stopped after epoch {len(curve.points)}: worse than what is no slower")
+        last = curve.points[-1]["epoch"]
+        return _stopped(result, f"stopped after epoch {last}: worse than what is no slower")
     result["weights_sha256"] = save_weights(model, directory / "weights.safetensors")
     return result
 
 
-def _training_threads(config: Mapping[str, Any]) -> int:
-    """Cores shared evenly among the workers, at least one each."""
-    return max(1, usable_cpus() // int(config["workers"]))
+def _latency(model: nn.Module, task: Task, payload: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
+    """Measured here, or by the driver's asking on the node that carries the target."""
+    config = payload["config"]
+    if split_ray_target(config["target"])[0] is None:
+        return measure_candidate(model, task, target_of(config), payload)
+    answer = channel.ask({"stage": "measure"})
+    if "mistake" in answer:
+        raise UserMistake(answer["mistake"])
+    if "failed" in answer:
+        raise TrialFailure(*answer["failed"])
+    latency: dict[str, Any] = answer["latency"]
+    return latency
 
 
-def _count(model: Any, task: Task) -> dict[str, Any]:
-    import torch
-
-    from nas.profile import profile
-
-    counted = profile(model, task.example_inputs(1, torch.device("cpu")))
-    return {"params": counted.params, "macs": counted.macs, "macs_uncounted": list(counted.uncounted)}
+def measure_trial(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """The latency of one candidate, for the node that carries the target. ``payload`` as for ``run_trial``."""
+    config = payload["config"]
+    try:
+        task = task_of(config)
+        model = space_of(config).build(payload["architecture"], task.signature)
+        return {"latency": measure_candidate(model, task, target_of(config), payload)}
+    except UserMistake as mistake:
+        return {"mistake": str(mistake)}
 
 
 def _over_limits(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
@@ -243,153 +255,3 @@ def _over_limits(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str |
         if budget is not None and metrics[name] > budget:
             return f"{metrics[name]:,} {name} exceed the budget of {budget:,}"
     return None
-
-
-# -- before and after the search ---------------------------------------------------------------------------------------
-
-
-def probe(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """What a space is on this task and target: facts of the task, and the size of three of its architectures.
-
-    ``payload``: config, architectures, of which those with the fewest, the median and the most parameters are
-    counted and measured. A user's mistake comes back as ``{"mistake": text}``, because it concerns the whole run.
-    """
-    config = payload["config"]
-    try:
-        task = _task(config)
-        described: dict[str, Any] = {
-            "task": {"name": task.name, **task.describe()},
-            "signature": describe_signature(task.signature),
-            "objective": [task.objective.name, task.objective.direction],
-            "epochs": config["epochs"] or task.default_epochs,
-            "candidates": {},
-        }
-        by_size = sorted(payload["architectures"], key=lambda architecture: _size(config, task, architecture))
-        chosen = {"smallest": by_size[0], "typical": by_size[len(by_size) // 2], "largest": by_size[-1]}
-        for label, architecture in chosen.items():
-            described["candidates"][label] = found = _probe_candidate(payload, task, architecture)
-            channel.event({"stage": "probed", "label": label, **found})
-        _check_objectives(config, task)
-        return described
-    except UserMistake as mistake:
-        return {"mistake": str(mistake)}
-
-
-def _size(config: Mapping[str, Any], task: Task, architecture: Architecture) -> int:
-    return sum(parameter.numel() for parameter in _skeleton(config, task, architecture).parameters())
-
-
-def _skeleton(config: Mapping[str, Any], task: Task, architecture: Architecture) -> nn.Module:
-    """The model without data: shapes only, made in no time."""
-    import torch
-
-    with torch.device("meta"):
-        return _space(config).build(architecture, task.signature)
-
-
-def _probe_candidate(payload: Mapping[str, Any], task: Task, architecture: Architecture) -> dict[str, Any]:
-    model = _space(payload["config"]).build(architecture, task.signature)
-    target = _target(payload["config"])
-    latency = measure_candidate(model, task, target, payload, seconds=0.7)
-    return {"architecture": architecture, **_count(model.cpu(), task), "latency": latency}
-
-
-def _check_objectives(config: Mapping[str, Any], task: Task) -> None:
-    """Raises UserMistake for an objective that no candidate could have, before one is trained for nothing."""
-    if config["objectives"] is None or config["evaluator"] != "train":
-        return
-    known = {task.objective.name, "loss", "perplexity", "latency_ms", "params", "macs"}
-    names = ", ".join(sorted(known))
-    for text in config["objectives"]:
-        name = text.partition(":")[0]
-        if name not in known:
-            raise UserMistake(
-                f"--objective {text}: {name!r} is not measured here{nearest(name, known)}; known: {names}"
-            )
-
-
-def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """Test metrics of a finished candidate, from its saved weights.
-
-    ``payload``: config, architecture, directory, weights_sha256.
-    """
-    import torch
-
-    from nas.latency import DeviceGate
-    from nas.weights import load_weights
-
-    config = payload["config"]
-    task = _task(config)
-    device = torch.device(config["device"])
-    torch.set_num_threads(_training_threads(config))
-    model = _space(config).build(payload["architecture"], task.signature)
-    load_weights(model, Path(payload["directory"]) / "weights.safetensors", sha256=payload["weights_sha256"])
-    with DeviceGate(str(device)).shared():
-        return {"metrics": task.evaluate(model.to(device), "test", device)}
-
-
-def finalists_latency(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """The finalists measured together and compared with one of them.
-
-    ``payload``: config, scale, architectures (label -> architecture), reference (a label).
-    """
-    from nas.latency import Options, Plan, measure_together
-
-    config, base = payload["config"], payload["reference"]
-    task, target, space = _task(config), _target(config), _space(config)
-    models = {
-        label: (
-            space.build(architecture, task.signature),
-            task.example_inputs(target.batch, target.torch_device()),
-        )
-        for label, architecture in payload["architectures"].items()
-    }
-    keys = {label: space.key(architecture) for label, architecture in payload["architectures"].items()}
-    found = alone_on(
-        target,
-        lambda lease: measure_together(
-            models,
-            target,
-            plan=Plan(max_seconds=30.0),
-            against=base,
-            options=Options(scale=Path(payload["scale"]), keys=keys),
-            lease=lease,
-        ),
-    )
-    return {label: against(found, label, base) for label in models}
-
-
-# -- made once in each process -----------------------------------------------------------------------------------------
-
-
-def _space(config: Mapping[str, Any]) -> SearchSpace:
-    from spaces import get_space
-
-    name = (config["space"], config["task"])
-    if name not in _SPACES:
-        _SPACES[name] = get_space(config["space"], task=config["task"])
-    return _SPACES[name]
-
-
-def _task(config: Mapping[str, Any]) -> Task:
-    from nas.tasks import make_task
-
-    name = config["task"] or _space(config).task
-    if name is None:
-        raise UserMistake(
-            f"--task: the space {config['space']!r} has no task of its own; name one, or give --evaluator"
-        )
-    options = dict(config["task_options"])
-    if config["data"] is not None:
-        options["data"] = config["data"]
-    text = json.dumps([name, options], sort_keys=True)
-    if text not in _TASKS:
-        _TASKS.clear()  # one data set in memory at a time
-        _TASKS[text] = make_task(name, **options)
-    return _TASKS[text]
-
-
-def _target(config: Mapping[str, Any]) -> Target:
-    from nas.latency import Target
-
-    return Target.parse(config["target"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nas.errors import TrialFailure
+from nas.executors.ray_targets import split_ray_target
 from nas.latency import DeviceGate, LatencyResult, LeaseLost, Options, Session, Target, measure
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def predicted_over_budget(skeleton: nn.Module, task: Task, payload: Mapping[str,
         return None
     predictor = LatencyPredictor(identity=identity, coverage=_coverage(len(samples)))
     predictor.fit([sample["work"] for sample in samples], [sample["median_ms"] for sample in samples])
-    found = predictor.predict(_work(skeleton, task, Target.parse(config["target"])))
+    found = predictor.predict(_work(skeleton, task, Target.parse(split_ray_target(config["target"])[1])))
     if decide(found, budget) != "over":
         return None
     return (

@@ -31,12 +31,14 @@ def search(
     ),
     device: str | None = typer.Option(None, help="Where candidates train: cpu (default), cuda, cuda:1."),
     target: str | None = typer.Option(
-        None, help="Where latency counts: cpu:THREADS, cuda, cuda+bf16; the device by default."
+        None,
+        help="Where latency counts: cpu:THREADS, cuda, cuda+bf16; ray:RESOURCE/cpu on such nodes; "
+        "the device by default.",
     ),
     trials: int | None = typer.Option(None, help="How many candidates (default 30)."),
     time_budget: str | None = typer.Option(None, help="No new candidate after this time: 90s, 3m, 1h."),
     controller: str | None = typer.Option(
-        None, help="What proposes: tpe (default), nsga2, evolution, local_search, random."
+        None, help="What proposes: tpe (default), nsga2, evolution, local_search, random, nni:NAME."
     ),
     evaluator: str | None = typer.Option(
         None, help="train (default), or your function: module:NAME or file.py:NAME."
@@ -46,7 +48,7 @@ def search(
     ),
     epochs: int | None = typer.Option(None, help="Epochs of a full training; the task's own by default."),
     pruner: str | None = typer.Option(
-        None, help="Early stopping: median (default), successive_halving, none."
+        None, help="Early stopping: median (default), successive_halving, asha, hyperband, none."
     ),
     latency_budget: float | None = typer.Option(
         None, help="Milliseconds; a slower candidate is not trained."
@@ -61,9 +63,28 @@ def search(
         None, help="One seed, one worker: the same architectures in the same order."
     ),
     workers: int | None = typer.Option(
-        None, help="Candidates at a time; by default the cores, at most 4, or 1 on a GPU."
+        None,
+        help="Candidates at a time; by default the cores, at most 4, or 1 on a GPU; with --ray all that fit.",
+    ),
+    ray: str | None = typer.Option(
+        None, help="Run candidates on a Ray cluster: auto (the one of this machine), local, or HOST:PORT."
+    ),
+    cpus_per_trial: float | None = typer.Option(
+        None, help="With --ray: processors of a candidate (default 1; fractions allowed)."
+    ),
+    gpus_per_trial: float | None = typer.Option(
+        None, help="With --ray: GPUs of a candidate (default 0, or 1 on CUDA; fractions allowed)."
     ),
     storage: str | None = typer.Option(None, help="Another Optuna storage: a database URL, or journal:FILE."),
+    join: str | None = typer.Option(
+        None,
+        help="Share the study of this name in --storage with other drivers; the first one begins it, and all others "
+        "take their settings from it.",
+    ),
+    lease: str | None = typer.Option(
+        None,
+        help="With --join: a driver silent for so long loses its candidates to the others (default 60s).",
+    ),
     out: Path | None = typer.Option(
         None, help="Run directory (default runs/SPACE-TIME). Holding a run, it is resumed."
     ),
@@ -101,9 +122,15 @@ def search(
         "memory_limit": memory_limit,
         "seed": seed,
         "workers": workers,
+        "ray": ray,
+        "cpus_per_trial": cpus_per_trial,
+        "gpus_per_trial": gpus_per_trial,
         "storage": storage,
+        "join": join,
+        "lease": lease,
     }
     given |= {key: value for key, value in flags.items() if value is not None}
-    if "space" not in given and not (out is not None and RunDirectory(out).holds_run()):
+    known = "join" in given or (out is not None and RunDirectory(out).holds_run())
+    if "space" not in given and not known:
         raise UserMistake("--space is required (or a recipe that names one); 'nas spaces' lists them")
-    run_session(out or default_directory(str(given["space"])), given)
+    run_session(out or default_directory(str(given.get("space")), given.get("join")), given)

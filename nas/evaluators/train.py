@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 from nas.evaluators import register_evaluator
@@ -36,7 +37,13 @@ def evaluate_by_training(
         return stop and progress.epoch < progress.epochs
 
     settings = train_config(context, task)
-    outcome = train(model, task, settings, context.device, report=report, breathe=context.breathe)
+    # On a cluster a trial may move to another node and goes on from its last epoch there.
+    checkpoint = context.directory / "checkpoint" if context.config["ray"] else None
+    outcome = train(
+        model, task, settings, context.device, report=report, breathe=context.breathe, checkpoint=checkpoint
+    )
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return Evaluation(metrics=dict(outcome.metrics), stopped_early=outcome.stopped_early)
 
 

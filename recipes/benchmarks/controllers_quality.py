@@ -236,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     searchers = [
         name
         for name in [*list_controllers(), *VARIANTS, *PEERS]
-        if chosen.only is None or name in chosen.only
+        # NNI's tuners need an extra, and play when they are named.
+        if (name in chosen.only if chosen.only is not None else not name.startswith("nni:"))
     ]
     jobs = [
         (problem, name, objectives, seed)

@@ -100,7 +100,9 @@ def test_what_is_printed(nas_measure: Run) -> None:
     _, text, _ = nas_measure(made(), "a", "b", "c", "--compare")
     assert "3.210 ms [3.178, 3.242]" in text
     assert "not enough samples" in text
-    line = "target cpu:1; wall clock; realtime priority; p99: not enough samples; the machine drifted by +2.0 %"
+    line = (
+        "target cpu:1; wall clock; realtime priority; p99: not enough samples; the machine drifted by +2.0 %"
+    )
     assert line in text
     assert "a against b: ratio 0.953 [0.940, 0.965] faster (40 rounds)" in text
     # What must not be overlooked comes last.

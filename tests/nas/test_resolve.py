@@ -51,3 +51,18 @@ def test_what_a_resumed_command_may_change() -> None:
     recorded = resolve(SearchConfig.parse({"space": "x", "trials": 5, "seed": 1}))
     assert changed_keys({"space": "x", "trials": 9, "workers": 1}, recorded) == []
     assert changed_keys({"seed": 2, "target": "cpu:1"}, recorded) == ["seed: 1 -> 2"]
+
+
+def test_a_target_may_be_given_by_its_fields() -> None:
+    fields = {"device": "cpu", "threads": 1, "dtype": "bf16", "batch": 8}
+    config = resolve(SearchConfig.parse({"space": "x", "target": fields}))
+    assert config.target == "cpu:1+bf16@8"
+    with pytest.raises(UserMistake, match=r"^recipe: target: dtype='fp7'; allowed: fp32"):
+        SearchConfig.parse({"space": "x", "target": {"device": "cpu", "dtype": "fp7"}}, "recipe")
+
+
+def test_a_search_takes_the_inputs_of_its_task() -> None:
+    with pytest.raises(
+        UserMistake, match=r"--target cpu:1/224: a search measures with the task's own inputs"
+    ):
+        resolve(SearchConfig.parse({"space": "x", "target": "cpu:1/224"}))

@@ -13,10 +13,11 @@ from typing import Any
 import optuna
 import pytest
 
+from nas.database_ledger import DatabaseLedger
 from nas.errors import RunStopped, UserMistake
 from nas.files import WriteFailed
 from nas.journal import JournalLock, open_journal, repair_journal_tail
-from nas.ledger import DatabaseLedger, PublicLedger, make_ledger
+from nas.ledger import PublicLedger, make_ledger
 from nas.storage import (
     DamagedStorage,
     MissingStudy,

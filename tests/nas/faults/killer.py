@@ -110,7 +110,7 @@ class Killer:
     def _install_storages(self) -> None:
         from optuna.storages import JournalStorage, RDBStorage
 
-        from nas.ledger import DatabaseLedger
+        from nas.database_ledger import DatabaseLedger
 
         for kind in (JournalStorage, RDBStorage):
             for name in _STORAGE:
