@@ -3,10 +3,10 @@
     python -m recipes.benchmarks.ray_isolation --out recipes/results/ray_isolation.json
 
 A cluster of one target node (no CPUs for trials, one unit of a custom resource) and training nodes of one CPU each, all
-on this machine, which is harder than reality: the training shares the cores and, as on other machines, does not stop for
-a measurement. Ten models are measured through the executor on the target's node, first with the cluster idle, then with a
-training on every other node, then idle again. Kendall's tau and the median relative difference to the first measurement
-are reported; the third one tells what repeats anyway.
+on this machine. That is harder than reality: the training shares the cores and, as on other machines, does not stop
+for a measurement. Ten models are measured through the executor on the target's node, first with the cluster idle, then
+with a training on every other node, then idle again. Kendall's tau and the median relative difference to the first
+measurement are reported; the third one tells what repeats anyway.
 """
 
 from __future__ import annotations
