@@ -59,7 +59,7 @@ def maker(name: str) -> MakeController:
 
 @with_nni
 class TestQuick(ControllerConformance):
-    @pytest.fixture(params=["nni:evolution", "nni:random", "nni:regularized_evolution", "nni:tpe"])
+    @pytest.fixture(params=["nni:evolution", "nni:random"])
     def make(self, request: pytest.FixtureRequest) -> MakeController:
         return maker(request.param)
 
@@ -67,7 +67,7 @@ class TestQuick(ControllerConformance):
 @with_nni
 @pytest.mark.slow
 class TestSlow(ControllerConformance):
-    @pytest.fixture(params=["nni:anneal", "nni:gp"])
+    @pytest.fixture(params=["nni:anneal", "nni:regularized_evolution", "nni:tpe"])
     def make(self, request: pytest.FixtureRequest) -> MakeController:
         return maker(request.param)
 
@@ -75,7 +75,7 @@ class TestSlow(ControllerConformance):
 @with_nni
 @pytest.mark.slow
 class TestDefaults(ControllerConformance):
-    @pytest.fixture(params=["nni:evolution", "nni:regularized_evolution", "nni:tpe"])
+    @pytest.fixture(params=["nni:evolution"])
     def make(self, request: pytest.FixtureRequest) -> MakeController:
         return lambda space, directions, seed: make_controller(request.param, space, directions, seed)
 
@@ -84,6 +84,7 @@ def test_the_tuners_are_listed_without_nni() -> None:
     assert [name for name in list_controllers() if name.startswith("nni:")] == NAMES
 
 
+@pytest.mark.slow
 @with_nni
 @pytest.mark.parametrize("name", ["nni:anneal", "nni:gp"])
 @pytest.mark.parametrize("space", list(SPACES))
@@ -136,6 +137,7 @@ def test_tuners_learn(name: str) -> None:
     assert min(found) > max(chance)
 
 
+@pytest.mark.slow
 @with_nni
 @pytest.mark.parametrize("name", ["nni:anneal", "nni:evolution", "nni:regularized_evolution", "nni:tpe"])
 def test_tuners_find_better_fronts_than_chance(name: str) -> None:
@@ -272,6 +274,7 @@ print(json.dumps({"asked": asked, "heavy": heavy, "early": early, "handlers": ha
 """
 
 
+@pytest.mark.slow
 @with_nni
 def test_other_processes_get_the_same_and_write_nothing(tmp_path: Path) -> None:
     results = []
