@@ -1,0 +1,154 @@
+"""Fine-tuning with distillation from the original: the one training that the passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.data import move
+from compress.passes.base import Context, PassFailed
+from nas.errors import TrialFailure, UserMistake
+from nas.tasks.base import Batch, Objective, Split, Task
+from nas.training import TrainConfig, TrainResult, train
+
+__all__ = ["ExtraLoss", "distillation_loss", "finetune"]
+
+ExtraLoss = Callable[[nn.Module, Tensor, Any, Any], Tensor]
+"""Model in training, inputs, its outputs, the teacher's outputs (None without one) -> a scalar to be added."""
+
+
+def finetune(
+    model: nn.Module,
+    context: Context,
+    *,
+    epochs: int,
+    learning_rate: float = 5e-4,
+    weight_decay: float = 0.05,
+    warmup_fraction: float = 0.1,
+    distillation: float = 0.5,
+    temperature: float = 2.0,
+    extra: ExtraLoss | None = None,
+    breathe: Callable[[], None] | None = None,
+) -> TrainResult | None:
+    """Train ``model`` in place on ``context.train``, with the original as teacher; it ends in evaluation mode.
+
+    The loss is ``(1 - distillation) * task loss + distillation * distillation_loss + extra``.
+
+    Args:
+        model: a pass's own copy; it comes back on the device it was on.
+        context: data, loss, teacher, seed and device. With ``context.probe``, or ``epochs=0``, nothing is trained.
+        epochs: passes over ``context.train``; ``context.epochs`` is the caller's to look at.
+        learning_rate: peak, with warm-up and a cosine to 0.
+        distillation: weight of the teacher in [0, 1]; without a teacher the task's loss counts alone.
+        temperature: above 0; see ``distillation_loss``.
+        extra: a further term, of features for instance.
+        breathe: called between steps.
+
+    Returns:
+        What ``nas.training.train`` tells, or None when nothing was trained.
+
+    Raises:
+        PassFailed: the loss became NaN or infinite, or there was no batch.
+        UserMistake: no training data, or a number out of its range.
+    """
+    if context.probe or epochs == 0:
+        model.eval()
+        return None
+    if context.train is None:
+        raise UserMistake("train: fine-tuning needs data; give train=, or epochs=0 to leave it out")
+    if not 0 <= distillation <= 1 or not temperature > 0:
+        raise UserMistake(
+            f"fine-tuning: distillation={distillation} must be in [0, 1] and temperature={temperature} above 0"
+        )
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    task = _Lesson(context, distillation, temperature, extra)
+    config = TrainConfig(
+        epochs=epochs,
+        batch_size=1,  # the batches are what the caller's data makes them
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup_fraction=warmup_fraction,
+        seed=context.seed,
+    )
+    try:
+        return train(model, task, config, context.device, breathe=breathe)
+    except TrialFailure as failure:
+        hint = f"; lower its learning rate ({learning_rate:g})" if failure.kind == "nan" else ""
+        raise PassFailed(f"fine-tuning failed: {failure.reason}{hint}") from failure
+    finally:
+        model.to(home).eval()
+
+
+def distillation_loss(outputs: Any, teacher: Any, temperature: float = 2.0) -> Tensor:
+    """Kullback-Leibler divergence from the teacher's distribution, softened by ``temperature``, times its square.
+
+    A tuple of outputs (distilled models in training) counts as the mean of its members. Source: Hinton, Vinyals and
+    Dean, "Distilling the Knowledge in a Neural Network", section 2.
+    """
+    if isinstance(outputs, (tuple, list)):
+        return torch.stack([distillation_loss(one, teacher, temperature) for one in outputs]).mean()
+    wanted = torch.stack(list(teacher)).mean(0) if isinstance(teacher, (tuple, list)) else teacher
+    own = nn.functional.log_softmax(outputs.float() / temperature, dim=-1)
+    other = nn.functional.log_softmax(wanted.float() / temperature, dim=-1)
+    return nn.functional.kl_div(own, other, reduction="batchmean", log_target=True) * temperature**2
+
+
+class _Lesson(Task):
+    """The data and loss of a context, in the form that the training loop takes."""
+
+    name = "compression"
+
+    def __init__(self, context: Context, distillation: float, temperature: float, extra: ExtraLoss | None):
+        self.objective = Objective("loss", "minimize")
+        self._context, self._temperature, self._extra = context, temperature, extra
+        self._distillation = distillation if context.teacher is not None else 0.0
+        self._length = _length(context.train)
+
+    def train_batches(
+        self, *, epoch: int, batch_size: int, seed: int, device: torch.device, train_fraction: float = 1.0
+    ) -> Iterator[Batch]:
+        """Whatever the caller's data gives, on ``device``."""
+        for batch in self._context.train or ():
+            yield move(batch, device)
+
+    def batches_per_epoch(self, batch_size: int, train_fraction: float = 1.0) -> int:
+        """Number of the caller's batches."""
+        return self._length
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Task's loss, distillation and the extra term."""
+        inputs, labels = batch
+        outputs, taught = model(inputs), None
+        if self._context.teacher is not None and (self._distillation or self._extra):
+            with torch.no_grad():
+                taught = self._context.teacher(inputs)
+        total = (1 - self._distillation) * self._context.loss(outputs, labels)
+        if self._distillation:
+            total = total + self._distillation * distillation_loss(outputs, taught, self._temperature)
+        if self._extra is not None:
+            total = total + self._extra(model, inputs, outputs, taught)
+        return total
+
+    def evaluate(
+        self, model: nn.Module, split: Split, device: torch.device, *, quick: bool = False
+    ) -> dict[str, float]:
+        """Nothing: the pipeline judges before and after each pass, by the same data for all."""
+        return {}
+
+    def example_inputs(self, batch_size: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The context's example, repeated."""
+        return tuple(x.expand(batch_size, *x.shape[1:]).to(device) for x in self._context.example)
+
+    def describe(self) -> dict[str, Any]:
+        """Number of batches."""
+        return {"task": self.name, "batches": self._length}
+
+
+def _length(batches: Any) -> int:
+    try:
+        return len(batches)
+    except TypeError:  # an iterable without a length: counted, since the schedule must know where it ends
+        return sum(1 for _ in batches)

@@ -1,0 +1,204 @@
+"""Magnitude and first-order Taylor pruning of heads, head channels, hidden units and embedding channels.
+
+The plain methods that others are measured against, over the same surgery.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from compress.finetune import finetune
+from compress.passes import register_pass
+from compress.passes._unit_scores import Criterion, Scorer, taylor_gradients
+from compress.passes.base import Context, Pass
+from compress.structure import StructureError, find_mlps, recognise
+from compress.surgery import keep_embedding, keep_head_channels, keep_heads, keep_mlp_units
+from nas.errors import UserMistake, nearest
+
+__all__ = ["Structured"]
+
+Scope = Literal["uniform", "global"]
+
+UNITS = ("heads", "channels", "mlp", "embedding")
+_STRONGEST = 0.97
+_EPOCHS = 3
+
+
+@register_pass("structured")
+class Structured(Pass):
+    """Takes out the least important units and fine-tunes with distillation.
+
+    Args:
+        ratio: share of the units of every kind that goes, in [0, 1).
+        criterion: ``l2``, ``l1`` (size of a unit's weights) or ``taylor`` (needs training data).
+        units: kinds, of ``heads``, ``channels`` (of each head), ``mlp`` (hidden units), ``embedding``; a list, or a
+            text such as ``channels+mlp``. ``mlp`` alone also works on models that are no plain ViT (Swin, ConvNeXt).
+        bottleneck: keep the embedding whole, and with it norms and residual stream; False adds it to ``units``.
+        scope: ``uniform``: every layer loses the same share; ``global``: all units of a kind compete over the layers
+            (each layer keeps a tenth at least).
+        multiple: numbers of hidden units and embedding channels are rounded up to multiples of this, where at least
+            eight times as many are there: kernels like it.
+        batches: minibatches for ``taylor``, at least 1.
+        epochs: of fine-tuning; None takes the pipeline's, else 3. Without training data there is none.
+        learning_rate, distillation: of the fine-tuning.
+    """
+
+    changes = frozenset({"widths"})
+
+    def __init__(
+        self,
+        ratio: float = 0.5,
+        *,
+        criterion: Criterion = "l2",
+        units: str | Sequence[str] = ("channels", "mlp"),
+        bottleneck: bool = True,
+        scope: Scope = "uniform",
+        multiple: int = 8,
+        batches: int = 10,
+        epochs: int | None = None,
+        learning_rate: float = 5e-4,
+        distillation: float = 0.5,
+    ):
+        kinds = [one.strip() for one in units.split("+")] if isinstance(units, str) else list(units)
+        if not bottleneck and "embedding" not in kinds:
+            kinds.append("embedding")
+        for kind in kinds:
+            if kind not in UNITS:
+                raise UserMistake(
+                    f"structured: unknown units {kind!r}{nearest(str(kind), UNITS)}; known: {', '.join(UNITS)}"
+                )
+        if not kinds:
+            raise UserMistake(f"structured: units is empty; known: {', '.join(UNITS)}")
+        if not 0 <= ratio < 1:
+            raise UserMistake(f"structured: ratio={ratio} must be in [0, 1), the share that goes")
+        if criterion not in ("l1", "l2", "taylor") or scope not in ("uniform", "global"):
+            raise UserMistake(
+                f"structured: criterion={criterion!r}, scope={scope!r}; allowed: l1, l2, taylor, and uniform, global"
+            )
+        if multiple < 1 or batches < 1:
+            raise UserMistake(f"structured: multiple={multiple} and batches={batches} must be at least 1")
+        self.ratio, self.criterion, self.units, self.bottleneck = ratio, criterion, tuple(kinds), bottleneck
+        self.scope, self.multiple, self.batches = scope, multiple, batches
+        self.epochs, self.learning_rate, self.distillation = epochs, learning_rate, distillation
+        self.requires = frozenset({"train"} if criterion == "taylor" or epochs else ())
+
+    def with_strength(self, strength: float) -> Pass:
+        """``ratio`` from 0 to 0.97."""
+        options = {name: value for name, value in self.options().items() if name not in ("ratio", "requires")}
+        return Structured(strength * _STRONGEST, **options)
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """See ``Pass.apply``."""
+        result = copy.deepcopy(model).eval()
+        gradients = []
+        criterion = self.criterion
+        if criterion == "taylor":
+            if context.probe and self.scope == "uniform":
+                criterion = "l2"  # the numbers that remain do not depend on which ones they are
+            else:
+                gradients = taylor_gradients(result, context, self.batches)
+        self._cut(result, Scorer(criterion, gradients))
+        epochs = self.epochs if self.epochs is not None else context.epochs
+        finetune(
+            result,
+            context,
+            epochs=0 if context.train is None else _EPOCHS if epochs is None else epochs,
+            learning_rate=self.learning_rate,
+            distillation=self.distillation,
+        )
+        return result
+
+    def _cut(self, model: nn.Module, scorer: Scorer) -> None:
+        # All scores come from the model as it was: what is cut first must not change what is cut next.
+        if self.units == ("mlp",):
+            mlps = find_mlps(model)
+            if not mlps:
+                raise StructureError(
+                    f"{type(model).__name__}: no MLP with independent hidden units (fc1, act, fc2)"
+                )
+            for mlp, kept in zip(
+                mlps, self._choose([scorer.hidden(mlp) for mlp in mlps], self.multiple), strict=True
+            ):
+                keep_mlp_units(mlp, kept)
+            return
+        try:
+            structure = recognise(model)
+        except StructureError as error:
+            hint = "; units=mlp alone asks for less" if find_mlps(model) else ""
+            raise StructureError(f"{error}{hint}") from None
+        blocks = structure.blocks
+        if "channels" in self.units and (normed := next((b.name for b in blocks if b.qk_normed), None)):
+            raise StructureError(
+                f"{normed}: queries and keys are normalised over a head's channels; use heads instead"
+            )
+        hidden = (
+            self._choose([scorer.hidden(b.mlp) for b in blocks], self.multiple) if "mlp" in self.units else []
+        )
+        heads = self._choose([scorer.heads(b) for b in blocks], 1) if "heads" in self.units else []
+        matched, carried = [], []
+        if "channels" in self.units:
+            matched = [scorer.matched_channels(b) for b in blocks]
+            carried = [scorer.carried_channels(b) for b in blocks]
+        width = (
+            self._choose([scorer.embedding(structure)], self.multiple) if "embedding" in self.units else []
+        )
+        counts = self._channel_counts(matched, carried) if matched else []
+        for position, block in enumerate(blocks):
+            if hidden:
+                keep_mlp_units(block, hidden[position])
+            kept = heads[position] if heads else torch.arange(block.num_heads)
+            if heads:
+                keep_heads(block, kept)
+            if counts:
+                best = [
+                    _best(scores[kept], counts[position]) for scores in (matched[position], carried[position])
+                ]
+                keep_head_channels(block, list(best[0]), list(best[1]))
+        if width:
+            keep_embedding(structure, width[0])
+
+    def _choose(self, scores: Sequence[Tensor], multiple: int) -> list[Tensor]:
+        """Positions to keep for each layer, ascending."""
+        counts = self._counts(scores)
+        kept = []
+        for values, count in zip(scores, counts, strict=True):
+            if multiple > 1 and len(values) >= 8 * multiple:
+                count = min(len(values), -(-count // multiple) * multiple)
+            kept.append(values.topk(count).indices.sort().values)
+        return kept
+
+    def _counts(self, scores: Sequence[Tensor]) -> list[int]:
+        if self.scope == "uniform" or len(scores) == 1:
+            return [max(1, round(len(values) * (1 - self.ratio))) for values in scores]
+        # Sizes of weights differ between layers for no reason of importance; changes of the loss are comparable.
+        even = [
+            values if self.criterion == "taylor" else values / values.mean().clamp(min=1e-12)
+            for values in scores
+        ]
+        least = [max(1, len(values) // 10) for values in even]
+        safe = [values.clone() for values in even]
+        for values, count in zip(safe, least, strict=True):
+            values[values.topk(count).indices] = torch.inf
+        together = torch.cat(safe)
+        wanted = max(sum(least), round(len(together) * (1 - self.ratio)))
+        chosen = torch.zeros(len(together), dtype=torch.bool)
+        chosen[together.topk(wanted).indices] = True
+        return [int(part.sum()) for part in chosen.split([len(values) for values in safe])]
+
+    def _channel_counts(self, matched: Sequence[Tensor], carried: Sequence[Tensor]) -> list[int]:
+        """As many channels in every head of a block: the n-th best of its heads compete as one."""
+        ranked = [
+            torch.stack([one.sort(dim=1, descending=True).values.mean(0) for one in both]).sum(0)
+            for both in zip(matched, carried, strict=True)
+        ]
+        return self._counts(ranked)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """(heads, count) positions, ascending."""
+    return scores.topk(count, dim=1).indices.sort(dim=1).values

@@ -1,0 +1,320 @@
+"""``compress``: passes one after the other, measured before, between and after, adjusted until the budget is met."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.budgeting import Costs, fitting_passes
+from compress.data import Judge, as_batches, example_of
+from compress.measuring import count, measure_against
+from compress.origins import origin_of
+from compress.passes import parse_pass
+from compress.passes.base import Batches, Budget, Context, Loss, Pass, PassFailed, classification_loss
+from compress.result import CompressionResult, Step, difference
+from compress.structure import StructureError
+from nas.environment import describe_environment
+from nas.errors import UserMistake
+from nas.latency import Target
+from nas.tasks.base import Task
+
+__all__ = ["compress"]
+
+logger = logging.getLogger(__name__)
+
+_TYING_MATTERS = frozenset({"widths", "ranks", "experts", "fusion", "precision"})
+_ORIGINAL = "original"
+_ATTEMPTS = 3
+
+
+def compress(
+    model: nn.Module,
+    passes: str | Pass | Sequence[str | Pass],
+    *,
+    train: Batches | Task | None = None,
+    validation: Batches | Task | None = None,
+    target: str | Target = "cpu:1",
+    budget: str | Mapping[str, float] | Budget | None = None,
+    seed: int = 0,
+    loss: Loss | None = None,
+    epochs: int | None = None,
+    device: str | torch.device | None = None,
+    example: Tensor | tuple[Tensor, ...] | None = None,
+    origin: Mapping[str, Any] | None = None,
+    measure_seconds: float = 20.0,
+    report: Callable[[str], None] | None = None,
+) -> CompressionResult:
+    """Make a smaller and faster model out of ``model``, which is not changed itself.
+
+    Args:
+        model: a timm model, one of our architectures, or a module that is built like them.
+        passes: in the order in which they run: objects of ``make_pass``, or texts such as ``"ofb:target=0.5"``.
+        train: batches (inputs, labels) to learn from: a DataLoader, another re-iterable, or a task.
+        validation: likewise, to judge by; without it there is no accuracy. A task given as ``train`` serves both.
+        target: where the result will run, as for ``nas measure``.
+        budget: ``"latency=0.6"`` (of the original, measured on the target), ``"latency=8ms"``, ``"macs=0.5"``,
+            ``"params=2e6"``. Adjustable passes then get the weakest common strength that meets it, whatever their
+            own options for it say.
+        seed: of everything random, in [0, 2**32).
+        loss: of outputs and labels; cross entropy by default.
+        epochs: for every pass that trains and was not told its own number.
+        device: where passes train; the target's by default.
+        example: inputs of one sample, where neither data nor model tell.
+        origin: how a model of this kind is built, for saving; see ``compress.origins.origin_of``.
+        measure_seconds: for the last, interleaved measurement of all steps; 0 measures no latency at all.
+        report: told what is being done, one line at a time.
+
+    Raises:
+        UserMistake: an unknown pass, an order or a model that a pass refuses, data that yields nothing, a budget that
+            cannot be met, tied weights that a pass would untie.
+        PassFailed: a pass could not do its work: the loss became NaN, or its result gives other shapes.
+    """
+    run = [passes] if isinstance(passes, (str, Pass)) else list(passes)
+    chosen = [parse_pass(one) if isinstance(one, str) else one for one in run]
+    check_order(chosen)
+    wanted = Budget.parse(budget) if budget is not None else None
+    place = target if isinstance(target, Target) else Target.parse(target)
+    place.check()
+    if wanted is not None and wanted.kind == "latency" and measure_seconds <= 0:
+        raise UserMistake("measure_seconds=0: a latency budget is met by measuring; give some seconds")
+    original = _private_copy(model, chosen)
+    tell = report or logger.info
+    data = _Data(train, validation, seed, chosen)
+    inputs = (example,) if isinstance(example, Tensor) else example
+    inputs = inputs or example_of(original, data.validation, data.train)
+    inputs = tuple(x[:1].detach().cpu() for x in inputs)
+    where = torch.device(device) if device is not None else place.torch_device()
+    context = Context(
+        example=inputs,
+        train=data.train,
+        validation=None if isinstance(data.validation, Task) else data.validation,
+        loss=loss or data.loss,
+        teacher=copy.deepcopy(original).requires_grad_(False).to(where),
+        target=place,
+        budget=wanted,
+        seed=seed,
+        device=where,
+        epochs=epochs,
+        report=tell,
+    )
+    pipeline = _Pipeline(original, chosen, context, data.judge(where), measure_seconds)
+    steps, result = pipeline.run()
+    return CompressionResult(
+        model=result,
+        steps=steps,
+        target=str(place),
+        budget=None if wanted is None else str(wanted),
+        example=inputs,
+        origin=dict(origin) if origin is not None else _origin_or_none(original),
+        facts={"seed": seed, "epochs": epochs, "environment": describe_environment()},
+    )
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raises UserMistake, with the reason, when a pass cannot follow an earlier one, or when there is none."""
+    if not passes:
+        raise UserMistake("passes: there is none; give at least one")
+    for position, later in enumerate(passes):
+        for earlier in passes[:position]:
+            for change in sorted(earlier.changes & later.cannot_follow.keys()):
+                raise UserMistake(
+                    f"pass {later.name!r} cannot follow {earlier.name!r}, which changes the {change}: "
+                    f"{later.cannot_follow[change]}"
+                )
+            for word in sorted({later.name, *later.changes} & earlier.cannot_precede.keys()):
+                raise UserMistake(
+                    f"pass {later.name!r} cannot follow {earlier.name!r}: {earlier.cannot_precede[word]}"
+                )
+
+
+class _Data:
+    """Training and validation data, looked at before anything is done."""
+
+    def __init__(self, train: Any, validation: Any, seed: int, passes: Iterable[Pass]):
+        self.loss: Loss = _task_loss(train) if isinstance(train, Task) else classification_loss
+        if validation is None and isinstance(train, Task):
+            validation = train
+        self.train: Batches | None = None if train is None else as_batches(train, "train", seed=seed)
+        self.validation: Batches | Task | None = validation
+        if validation is not None and not isinstance(validation, Task):
+            self.validation = as_batches(validation, "validation")
+        for one in passes:
+            if one.requires and self.train is None:
+                needs = " and ".join(sorted(one.requires))
+                raise UserMistake(f"pass {one.name!r} needs data ({needs}); give train=")
+
+    def judge(self, device: torch.device) -> Judge | None:
+        return None if self.validation is None else Judge(self.validation, device)
+
+
+class _Pipeline:
+    def __init__(
+        self, original: nn.Module, passes: list[Pass], context: Context, judge: Judge | None, seconds: float
+    ):
+        self._original, self._passes, self._context = original, passes, context
+        self._judge, self._seconds = judge, seconds
+
+    def run(self) -> tuple[tuple[Step, ...], nn.Module]:
+        """The steps, the original first, and the last model."""
+        counted = count(self._original, self._context.example)
+        costs = Costs(self._original, counted, self._context, self._seconds)
+        self._context = self._context.with_changes(original=costs.original())
+        before = self._judge.judge(self._original) if self._judge else None
+        first = Step(_ORIGINAL, **_counts(counted), metrics=before.metrics if before else {})
+        budget, strength = self._context.budget, None
+        for attempt in range(_ATTEMPTS):
+            passes = self._passes
+            if budget is not None:
+                passes, strength = fitting_passes(passes, costs, self._apply_all, at_least=strength)
+            steps, models = [first], [self._original]
+            for number, one in enumerate(passes, 1):
+                step, made = self._step(one, models[-1], before, f"{number}/{len(passes)}")
+                steps.append(step)
+                models.append(made)
+            steps = self._measured(steps, models)
+            if budget is None or costs.holds(steps[-1]):
+                if budget is not None and not costs.sure(steps[-1]):
+                    doubt = (
+                        f"the budget {budget} is met by the median, not surely: {costs.describe(steps[-1])}"
+                    )
+                    self._context.report(doubt)
+                    steps[-1] = replace(steps[-1], notes=(*steps[-1].notes, doubt))
+                return tuple(steps), models[-1]
+            if strength is None or strength >= 1 or attempt + 1 == _ATTEMPTS:
+                break
+            self._context.report(f"the result misses the budget {budget}; once more, stronger")
+            strength = min(1.0, strength + 0.03)
+        raise UserMistake(
+            f"budget {budget}: not met by the result of {', '.join(str(one) for one in self._passes)}: "
+            f"{costs.describe(steps[-1])}; allow more, or add a pass"
+        )
+
+    def _step(self, one: Pass, model: nn.Module, before: Any, where: str) -> tuple[Step, nn.Module]:
+        started, notes = time.perf_counter(), list[str]()
+
+        def tell(text: str) -> None:
+            notes.append(text)
+            self._context.report(f"{one.name}: {text}")
+
+        self._context.report(f"pass {where}: {one}")
+        made = self._apply(one, model, self._context.with_changes(report=tell))
+        seconds = time.perf_counter() - started
+        judged = self._judge.judge(made) if self._judge else None
+        step = Step(
+            str(one),
+            **_counts(count(made, self._context.example)),
+            metrics=judged.metrics if judged else {},
+            agreement=judged.agreement(before) if judged and before else None,
+            seconds=seconds,
+            notes=tuple(notes),
+        )
+        return step, made
+
+    def _apply_all(self, passes: Sequence[Pass]) -> nn.Module:
+        """The shapes that ``passes`` lead to, without training."""
+        made, probe = self._original, self._context.with_changes(probe=True, report=lambda text: None)
+        for one in passes:
+            made = self._apply(one, made, probe)
+        return made
+
+    def _apply(self, one: Pass, model: nn.Module, context: Context) -> nn.Module:
+        # The pass promises not to change what it gets; a copy makes sure, and costs little beside the pass.
+        given = copy.deepcopy(model)
+        with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
+            torch.manual_seed(context.seed)
+            try:
+                made = one.apply(given, context)
+            except StructureError as error:
+                raise StructureError(f"pass {one.name!r}: {error}") from None
+            except PassFailed as error:
+                raise PassFailed(f"pass {one.name!r}: {error}") from error
+        made = made.cpu().eval()
+        _check_plain(made, one)
+        with torch.no_grad():
+            outputs, wanted = made(*context.example), model(*context.example)
+        gap = difference(outputs, wanted)
+        if gap == float("inf"):
+            raise PassFailed(f"pass {one.name!r}: its result gives outputs of another shape, or NaN")
+        return made
+
+    def _measured(self, steps: list[Step], models: list[nn.Module]) -> list[Step]:
+        if self._seconds <= 0:
+            return steps
+        self._context.report(f"measuring all {len(models)} steps together on {self._context.target}")
+        names = [_ORIGINAL, *(f"{n}: {step.name}" for n, step in enumerate(steps[1:], 1))]
+        session = measure_against(
+            dict(zip(names, models, strict=True)),
+            _ORIGINAL,
+            self._context.example,
+            self._context.target,
+            seconds=self._seconds,
+            seed=self._context.seed,
+        )
+        return [
+            replace(
+                step,
+                latency=session.results[name].to_dict(),
+                ratio=None if name == _ORIGINAL else session.pair(name, _ORIGINAL).to_dict(),
+            )
+            for name, step in zip(names, steps, strict=True)
+        ]
+
+
+def _private_copy(model: nn.Module, passes: Sequence[Pass]) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UserMistake(f"model: {type(model).__name__} is no torch.nn.Module")
+    inner = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
+    model = inner if isinstance(inner, nn.Module) else model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UserMistake(f"model: is wrapped in {type(model).__name__}; give its .module")
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_floating_point() or parameter.device.type == "meta":
+            continue
+        first = seen.setdefault(id(parameter), name)
+        if first != name and (one := next((p for p in passes if p.changes & _TYING_MATTERS), None)):
+            raise UserMistake(
+                f"model: {first} and {name} are one tensor (tied weights), which pass {one.name!r} would tear apart; "
+                "untie them (give each its own copy) first"
+            )
+    for parameter in model.parameters():
+        if parameter.device.type == "meta":
+            raise UserMistake(
+                "model: some parameters are on the meta device and have no values; load its weights first"
+            )
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _check_plain(model: nn.Module, one: Pass) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "parametrizations") or getattr(module, "_forward_hooks", None):
+            raise PassFailed(f"pass {one.name!r}: left a mask or a hook on {name or 'the model'}")
+
+
+def _task_loss(task: Task) -> Loss:
+    smoothing = float(getattr(task, "label_smoothing", 0.0))
+
+    def loss(outputs: Any, labels: Tensor) -> Tensor:
+        if isinstance(outputs, (tuple, list)):
+            return torch.stack([loss(one, labels) for one in outputs]).mean()
+        return nn.functional.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
+
+    return loss
+
+
+def _counts(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {"params": found["params"], "macs": found["macs"], "uncounted": tuple(found["uncounted"])}
+
+
+def _origin_or_none(model: nn.Module) -> dict[str, Any] | None:
+    try:
+        return origin_of(model)
+    except StructureError:
+        return None  # saving will say so; compressing needs no origin

@@ -1,0 +1,277 @@
+"""What a pipeline gives back: the model, what each pass did to its cost and quality, and the ways out."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.origins import base_of, origin_of
+from compress.saved import describe, rebuild, tensors_of
+from compress.structure import StructureError
+from nas.errors import UserMistake
+from nas.files import CorruptFile, read_record, write_record
+from nas.report.formats import format_count, format_interval
+from nas.weights import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["FORMAT", "CompressionResult", "Step", "load"]
+
+FORMAT = "nas-compressed-1"
+_DESCRIPTION = "compressed.json"
+_WEIGHTS = "weights.safetensors"
+_EXAMPLE = "example.safetensors"
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Step:
+    """The model after one pass (or the original, the first step).
+
+    Attributes:
+        name: of the pass, with its options.
+        params, macs: numbers, and multiply-accumulates of one sample; ``uncounted`` operators are not in them.
+        latency: ``nas.latency.LatencyResult`` as JSON, in the session of all steps; None when not measured.
+        ratio: ``nas.latency.Pair`` against the original as JSON.
+        metrics: of the validation data; ``accuracy`` among them for classes.
+        agreement: share of the validation samples with the same predicted class as the original, in [0, 1].
+        seconds: what the pass took.
+        notes: what it had to say.
+    """
+
+    name: str
+    params: int
+    macs: int
+    uncounted: tuple[str, ...] = ()
+    latency: dict[str, Any] | None = None
+    ratio: dict[str, Any] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**asdict(self), "uncounted": list(self.uncounted), "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Step:
+        """The inverse of ``to_dict``."""
+        return cls(**{**data, "uncounted": tuple(data["uncounted"]), "notes": tuple(data["notes"])})
+
+
+@dataclass
+class CompressionResult:
+    """``model`` is on the CPU, in evaluation mode, plain PyTorch; ``steps[0]`` is the original.
+
+    Attributes:
+        target: text of the target that ``latency`` of the steps is of.
+        budget: text of the budget that was met, or None.
+        example: inputs of one call, batch 1.
+        origin: how a model of its kind is built; None where that cannot be told (then it cannot be saved).
+        facts: seed, environment and the like.
+    """
+
+    model: nn.Module
+    steps: tuple[Step, ...]
+    target: str
+    budget: str | None
+    example: tuple[Tensor, ...]
+    origin: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def original(self) -> Step:
+        """What it began with."""
+        return self.steps[0]
+
+    @property
+    def final(self) -> Step:
+        """What came out."""
+        return self.steps[-1]
+
+    def report(self) -> Table:
+        """A rich table, one row for each step."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.target}, {self.budget or 'no budget'}")
+        table.add_column("after", overflow="fold")
+        for head in ("params", "MACs", "latency (ms)", "of original", "accuracy", "agreement"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of ``report``: each figure was counted or measured in this run, ``-`` stands for none."""
+        return [_row(step) for step in self.steps]
+
+    def __str__(self) -> str:
+        heads = ("after", "params", "MACs", "latency (ms)", "of original", "accuracy", "agreement")
+        rows = [heads, *self.rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``compressed.json`` (sealed) and ``weights.safetensors`` into a new or empty directory.
+
+        What was written is loaded again and compared with the model before this returns.
+
+        Raises:
+            StructureError: a part of the model, or how it is built, cannot be told in JSON.
+            UserMistake: the directory holds something already.
+        """
+        out = Path(directory)
+        check_empty(out)
+        staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        try:
+            self.write(staging)
+            os.replace(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # after the rename this name is gone
+        return out
+
+    def write(self, directory: Path) -> None:
+        """The files of ``save``, into an existing directory."""
+        origin = self.origin or origin_of(self.model)
+        trust = [str(origin.get("class", "")).partition(":")[0]]
+        described = describe(self.model, base_of(origin, trust))
+        digest = save_tensors(tensors_of(self.model), directory / _WEIGHTS)
+        example = save_tensors({str(n): x for n, x in enumerate(self.example)}, directory / _EXAMPLE)
+        record = {
+            "format": FORMAT,
+            "origin": origin,
+            "structure": described,
+            "weights_sha256": digest,
+            "example_sha256": example,
+            "steps": [step.to_dict() for step in self.steps],
+            "target": self.target,
+            "budget": self.budget,
+            "facts": self.facts,
+        }
+        write_record(directory / _DESCRIPTION, record)
+        with torch.no_grad():
+            again = load(directory, trust=trust).model(*self.example)
+            own = self.model(*self.example)
+        if difference(again, own) > _TOLERANCE:
+            raise StructureError(
+                f"{type(self.model).__name__}: built again from its description it gives other outputs; "
+                "something in it is kept in no parameter, buffer or attribute"
+            )
+
+    def export(self, directory: str | Path) -> Path:
+        """A bundle to deploy: the files of ``save``, ``model.onnx`` and ``latency.json``; see ``compress.bundle``."""
+        from compress.bundle import write_bundle
+
+        return write_bundle(self, Path(directory))
+
+
+def load(directory: str | Path, *, trust: Iterable[str] = ()) -> CompressionResult:
+    """A saved result; neither the passes nor their training code are imported.
+
+    Args:
+        directory: written by ``CompressionResult.save`` or ``export``.
+        trust: packages besides torch.nn, timm and spaces whose module classes may be used: code of them runs.
+
+    Raises:
+        UserMistake: no such directory, an untrusted class, or a base that cannot be built here.
+        CorruptFile: a file is damaged.
+    """
+    place = Path(directory)
+    path = place / _DESCRIPTION
+    if not path.exists():
+        raise UserMistake(
+            f"{place}: holds no {_DESCRIPTION}; give a directory written by 'nas compress' or .save()"
+        )
+    record = read_record(path)
+    if record.get("format") != FORMAT:
+        raise UserMistake(f"{path}: format {record.get('format')!r}; this version reads {FORMAT}")
+    trust = [name for name in trust if name]
+    try:
+        model = rebuild(record["structure"], base_of(record["origin"], trust), trust)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, UserMistake):
+            raise
+        raise UserMistake(f"{path}: cannot be built here ({type(error).__name__}: {error})") from None
+    state, _ = load_tensors(place / _WEIGHTS, record["weights_sha256"])
+    _fill(model, state, path)
+    examples, _ = load_tensors(place / _EXAMPLE, record["example_sha256"])
+    return CompressionResult(
+        model=model.eval(),
+        steps=tuple(Step.from_dict(step) for step in record["steps"]),
+        target=record["target"],
+        budget=record["budget"],
+        example=tuple(examples[str(n)] for n in range(len(examples))),
+        origin=record["origin"],
+        facts=record["facts"],
+    )
+
+
+def difference(one: Any, other: Any) -> float:
+    """Largest absolute difference of two outputs (tensors, or tuples of them); infinite where shapes differ."""
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
+        return max((difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        return float("inf")
+    if not one.numel():
+        return 0.0
+    found = float((one.double() - other.double()).abs().max())
+    return found if found == found else float("inf")
+
+
+def check_empty(out: Path) -> None:
+    """Raises UserMistake when ``out`` is there and no empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserMistake(f"{out}: not an empty directory; give a new one")
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = tensors_of(model)
+    if own.keys() != state.keys():
+        wrong = sorted(own.keys() ^ state.keys())[:3]
+        raise CorruptFile(path, f"its weights and its structure disagree ({', '.join(wrong)}, ...)")
+    parameters: dict[int, nn.Parameter] = {}
+    for name, value in state.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if own[name].shape != value.shape:
+            raise CorruptFile(
+                path, f"{name} is {tuple(value.shape)} in the file, not {tuple(own[name].shape)}"
+            )
+        if leaf in owner._parameters:
+            # Tied parameters come from the file as one tensor and stay one parameter.
+            learns = value.is_floating_point() or value.is_complex()
+            owner._parameters[leaf] = parameters.setdefault(
+                id(value), nn.Parameter(value, requires_grad=learns)
+            )
+        else:
+            owner._buffers[leaf] = copy.copy(value)
+
+
+def _row(step: Step) -> tuple[str, ...]:
+    latency, ratio = step.latency, step.ratio
+    accuracy = step.metrics.get("accuracy")
+    return (
+        step.name,
+        format_count(step.params),
+        format_count(step.macs) + ("+" if step.uncounted else ""),
+        "-"
+        if latency is None
+        else format_interval(latency["median_ms"], latency["low_ms"], latency["high_ms"]),
+        "-" if ratio is None else f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+        "-" if accuracy is None else f"{100 * accuracy:.2f} %",
+        "-" if step.agreement is None else f"{100 * step.agreement:.2f} %",
+    )

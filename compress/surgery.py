@@ -1,0 +1,228 @@
+"""Physical removal of heads, channels, hidden units, embedding channels and blocks.
+
+Everything here works in place (passes copy first) and leaves plain modules: smaller weights, and every attribute that
+tells a size brought up to date. What remains computes exactly what the model with the removed parts set to zero would
+compute, on the fused and on the explicit attention path of timm alike.
+
+timm's fused path takes its scale from the size of a head while the explicit one uses the stored ``scale``: after head
+channels are gone the two would differ. So the ratio of the scales is folded into the queries' weights, and ``scale``
+is that of the new size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.structure import Block, Mlp, StructureError, ViTStructure, recognise
+from nas.errors import UserMistake
+
+__all__ = [
+    "keep_embedding",
+    "keep_head_channels",
+    "keep_heads",
+    "keep_mlp_units",
+    "remove_block",
+    "slice_layer",
+    "slice_norm",
+]
+
+Index = Sequence[int] | Tensor
+
+
+def keep_mlp_units(part: Block | Mlp, index: Index) -> None:
+    """Leave only the hidden units ``index`` (positions in [0, hidden), in the order wanted, at least one)."""
+    mlp = part.mlp if isinstance(part, Block) else part
+    units = _checked(index, mlp.hidden, f"{mlp.name}: hidden units")
+    slice_layer(mlp.fc1, outputs=units)
+    slice_layer(mlp.fc2, inputs=units)
+    if hasattr(mlp.module, "hidden_features"):
+        mlp.module.hidden_features = len(units)  # type: ignore[assignment]
+
+
+def keep_heads(block: Block, index: Index) -> None:
+    """Leave only the heads ``index`` (positions in [0, num_heads), at least one)."""
+    heads = _checked(index, block.num_heads, f"{block.name}: heads")
+    dim, old = block.head_dim, block.num_heads
+    channels = (heads[:, None] * dim + torch.arange(dim)).flatten()
+    rows = torch.cat([part * old * dim + channels for part in range(3)])
+    slice_layer(block.qkv, outputs=rows)
+    slice_layer(block.proj, inputs=channels)
+    _tell_sizes(block.attention, len(heads), dim)
+
+
+def keep_head_channels(
+    block: Block, index: Index | Sequence[Index], values: Index | Sequence[Index] | None = None
+) -> None:
+    """Leave only some channels of every head, as many in each.
+
+    Args:
+        index: channels in [0, head_dim) of queries and keys: one list for all heads, or one for each.
+        values: those of the values (and of ``proj``'s inputs), as many; None: the same.
+
+    Raises:
+        StructureError: queries and keys are normalised over their channels, so these are not independent.
+    """
+    if block.qk_normed:
+        raise StructureError(
+            f"{block.name}: queries and keys are normalised over a head's channels; none can go"
+        )
+    heads, dim = block.num_heads, block.head_dim
+    matched = _per_head(block, index)
+    carried = matched if values is None else _per_head(block, values)
+    if matched.shape != carried.shape:
+        raise UserMistake(
+            f"{block.name}: {matched.shape[1]} channels of queries and keys, {carried.shape[1]} of values; "
+            "must be as many"
+        )
+    kept = matched.shape[1]
+    start = torch.arange(heads)[:, None] * dim
+    queries, channels = (start + matched).flatten(), (start + carried).flatten()
+    slice_layer(block.qkv, outputs=torch.cat([queries, heads * dim + queries, 2 * heads * dim + channels]))
+    slice_layer(block.proj, inputs=channels)
+    old_scale = float(getattr(block.attention, "scale", dim**-0.5))
+    factor = old_scale / kept**-0.5
+    with torch.no_grad():
+        block.qkv.weight[: heads * kept] *= factor
+        if block.qkv.bias is not None:
+            block.qkv.bias[: heads * kept] *= factor
+    _tell_sizes(block.attention, heads, kept)
+
+
+def keep_embedding(structure: ViTStructure, index: Index) -> None:
+    """Leave only the embedding channels ``index`` (positions in [0, width)) everywhere.
+
+    Norms over the embedding then take their statistics from the channels that remain.
+    """
+    model: Any = structure.model
+    kept = _checked(index, structure.width, "embedding channels")
+    slice_layer(structure.embedding, outputs=kept)
+    if structure.embedding_norm is not None:
+        slice_norm(structure.embedding_norm, kept)
+    for name in (*structure.tokens, *([structure.positions] if structure.positions else [])):
+        setattr(model, name, _sliced(getattr(model, name), kept, -1))
+    for block in structure.blocks:
+        for norm in (block.norm1, block.norm2):
+            slice_norm(norm, kept)
+        slice_layer(block.qkv, inputs=kept)
+        slice_layer(block.proj, outputs=kept)
+        slice_layer(block.mlp.fc1, inputs=kept)
+        slice_layer(block.mlp.fc2, outputs=kept)
+        for scale in (block.ls1, block.ls2):
+            if scale is not None:
+                _slice_scale(scale, kept, block.name)
+    for norm in structure.norms.values():
+        slice_norm(norm, kept)
+    for head in structure.heads.values():
+        slice_layer(head, inputs=kept)
+    for holder in (model, model.patch_embed):
+        for name in ("embed_dim", "num_features", "head_hidden_size"):
+            if isinstance(getattr(holder, name, None), int):
+                setattr(holder, name, len(kept))
+    for entry in getattr(model, "feature_info", None) or ():
+        entry["num_chs"] = len(kept)
+
+
+def remove_block(structure: ViTStructure, position: int) -> ViTStructure:
+    """Take out block ``position`` (from 0; negative from the end); returns the structure of what remains."""
+    model: Any = structure.model
+    if not -len(structure.blocks) <= position < len(structure.blocks):
+        raise UserMistake(f"block {position}: the model has {len(structure.blocks)}")
+    if len(structure.blocks) == 1:
+        raise UserMistake("the only block cannot be removed")
+    gone = structure.blocks[position]
+    container: Any = structure.container
+    kept = [child for child in container.children() if child is not gone.module]
+    # In place, because the container may be more than a plain sequence.
+    container._modules.clear()
+    for number, child in enumerate(kept):
+        container.add_module(str(number), child)
+    amounts = getattr(container, "amounts", None)
+    if amounts is not None:  # token merging: one number for each block
+        place = position % len(structure.blocks)
+        container.amounts = (*amounts[:place], *amounts[place + 1 :])
+    info = getattr(model, "feature_info", None)
+    if info:
+        model.feature_info = [{**entry, "module": f"blocks.{i}"} for i, entry in enumerate(info[: len(kept)])]
+    return recognise(model)
+
+
+def slice_layer(layer: nn.Module, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+    """Leave only some input and output channels of a Linear or an ungrouped Conv2d."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)) or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
+        raise StructureError(
+            f"{type(layer).__name__}: only nn.Linear and nn.Conv2d without groups can be cut"
+        )
+    if outputs is not None:
+        layer.weight = _sliced(layer.weight, outputs, 0)
+        if layer.bias is not None:
+            layer.bias = _sliced(layer.bias, outputs, 0)
+    if inputs is not None:
+        layer.weight = _sliced(layer.weight, inputs, 1)
+    out, into = int(layer.weight.shape[0]), int(layer.weight.shape[1])
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = out, into
+    else:
+        layer.out_channels, layer.in_channels = out, into
+
+
+def slice_norm(norm: nn.Module, index: Tensor) -> None:
+    """Leave only some channels of a LayerNorm or RMSNorm (of torch or timm) over the last dimension."""
+    shape = getattr(norm, "normalized_shape", None)
+    if shape is None or len(shape) != 1:
+        raise StructureError(f"{type(norm).__name__}: only norms over one dimension of channels can be cut")
+    for name in ("weight", "bias"):
+        value = getattr(norm, name, None)
+        if value is not None:
+            setattr(norm, name, _sliced(value, index, 0))
+    norm.normalized_shape = (len(index),)  # type: ignore[assignment]
+
+
+def _slice_scale(scale: nn.Module, index: Tensor, where: str) -> None:
+    gamma = getattr(scale, "gamma", None)
+    if not isinstance(gamma, nn.Parameter):
+        raise StructureError(f"{where}: {type(scale).__name__} is no layer scale with a 'gamma'")
+    scale.gamma = _sliced(gamma, index, 0)
+
+
+def _sliced(value: Any, index: Tensor, dim: int) -> nn.Parameter:
+    chosen = value.detach().index_select(dim, index.to(value.device)).clone()
+    return nn.Parameter(chosen, requires_grad=value.requires_grad)
+
+
+def _tell_sizes(attention: Any, heads: int, dim: int) -> None:
+    attention.num_heads = heads
+    for name, value in (("head_dim", dim), ("attn_dim", heads * dim), ("all_head_dim", heads * dim)):
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+    if hasattr(attention, "scale"):
+        attention.scale = dim**-0.5
+
+
+def _per_head(block: Block, index: Index | Sequence[Index]) -> Tensor:
+    """(heads, kept)."""
+    first = index[0] if len(index) else 0
+    several = (isinstance(first, Tensor) and first.dim() == 1) or (not isinstance(first, (int, Tensor)))
+    lists: Iterable[Any] = index if several else [index] * block.num_heads
+    rows = [_checked(one, block.head_dim, f"{block.name}: channels of a head") for one in lists]
+    if len(rows) != block.num_heads or len({len(row) for row in rows}) != 1:
+        raise UserMistake(
+            f"{block.name}: give channels for each of the {block.num_heads} heads, as many for each, not "
+            f"{[len(row) for row in rows]}"
+        )
+    return torch.stack(rows)
+
+
+def _checked(index: Index, size: int, what: str) -> Tensor:
+    chosen = torch.as_tensor(index).detach().cpu()
+    if chosen.dtype == torch.bool and chosen.shape == (size,):
+        chosen = chosen.nonzero().flatten()
+    if chosen.dim() != 1 or chosen.is_floating_point() or not len(chosen):
+        raise UserMistake(f"{what}: give a non-empty list of positions to keep")
+    chosen = chosen.long()
+    if int(chosen.min()) < 0 or int(chosen.max()) >= size or len(chosen.unique()) != len(chosen):
+        raise UserMistake(f"{what}: positions must be in [0, {size}), each once")
+    return chosen
