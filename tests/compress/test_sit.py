@@ -455,3 +455,8 @@ class TestTraining:
             Sit(start="random", epochs=1).apply(deit(), context(train=[]))
         with pytest.raises(UserMistake, match="gave no batch"):
             Sit().apply(deit(), context(train=[]))
+
+
+def test_a_text_is_no_list_of_blocks() -> None:
+    with pytest.raises(UserMistake, match=r"slim_after='9\+12' must be a list of numbers"):
+        parse_pass("sit:slim_after=9+12")
