@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserMistake
@@ -39,6 +40,7 @@ def measure_sources(
     memory: bool = False,
     energy: bool = False,
     priority: str = "auto",
+    scale: Path | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Session:
     """Measure the models that ``texts`` name, together, in a process of their own.
@@ -52,6 +54,7 @@ def measure_sources(
         margin: a smaller difference than this share is not called one; 1 % by default.
         memory, energy: measure these as well.
         priority: ``auto`` or ``off``.
+        scale: file of the reference's times; sessions that share it share a scale, and their figures compare.
         on_progress: told which model is visited and which round was made.
 
     Raises:
@@ -70,6 +73,7 @@ def measure_sources(
         "against": against,
         "margin": margin,
         "options": {"priority": priority, "energy": energy},
+        "scale": None if scale is None else str(scale.resolve()),
     }
     named = _named(texts)
     if against is not None and against not in named:
@@ -165,6 +169,7 @@ def job(payload: dict[str, Any], channel: Any) -> dict[str, Any]:
     from nas.sources import load_source
 
     target = _sized(payload)
+    scale = None if payload["scale"] is None else Path(payload["scale"])
     margin = {} if payload["margin"] is None else {"margin": payload["margin"]}
     models, keys = {}, {}
     try:
@@ -182,7 +187,7 @@ def job(payload: dict[str, Any], channel: Any) -> dict[str, Any]:
                 plan=Plan(**payload["plan"]),
                 pairs=payload["compare"],
                 against=payload["against"],
-                options=Options(**payload["options"], keys=keys),
+                options=Options(**payload["options"], keys=keys, scale=scale),
                 lease=lease,
                 progress=channel.event,
                 **margin,

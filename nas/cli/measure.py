@@ -46,6 +46,9 @@ def measure(
         False, "--memory", help="Also the peak memory of a call, where it can be read."
     ),
     energy: bool = typer.Option(False, "--energy", help="Also the energy of a call, where it can be read."),
+    scale: Path | None = typer.Option(
+        None, metavar="FILE", help="Keep the reference's time here: sessions that share it can be compared."
+    ),
     json_file: Path | None = typer.Option(None, "--json", metavar="FILE", help="Write everything as JSON."),
     plot: Path | None = typer.Option(None, metavar="FILE", help="Draw the intervals into a PNG file."),
 ) -> None:
@@ -59,7 +62,7 @@ def measure(
     from nas.measure_sources import measure_sources
     from nas.report import latency_table as report
 
-    for option, path in (("--json", json_file), ("--plot", plot)):
+    for option, path in (("--json", json_file), ("--plot", plot), ("--scale", scale)):
         _check_writable(option, path)
     if per_layer:
         check_layers(Target.parse(target))
@@ -73,6 +76,7 @@ def measure(
             compare=compare,
             memory=memory,
             energy=energy,
+            scale=scale,
             on_progress=progress.tell,
         )
     _print(console, session, memory=memory, energy=energy)

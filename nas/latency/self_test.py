@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from nas.errors import UserMistake
@@ -40,7 +42,7 @@ class SelfTest:
     Attributes:
         target: text of the target.
         tau: Kendall's rank correlation of the two.
-        median_deviation: median over the models of the relative difference, with both scales as they are.
+        median_deviation: median over the models of the relative difference.
         clock, priority: by which clock, and what the system granted.
         reasons: what was out of bounds, with figures.
         first_ms, second_ms: both measurements by model.
@@ -78,18 +80,21 @@ def self_test(
         raise UserMistake(f"--target {target}: the self-test has inputs of its own; leave /{target.size} out")
     target.check()
     sessions = []
-    for attempt in range(2):
-        with DeviceGate(str(target.torch_device())).exclusive() as lease:
-            sessions.append(
-                measure_together(
-                    _models(target.batch),
-                    target,
-                    plan=Plan(max_seconds, seed=attempt),
-                    options=Options(retries=0),
-                    lease=lease,
-                    progress=progress,
+    # One scale for both, as for the candidates of a search: the reference's time is that of the first trusted session.
+    with tempfile.TemporaryDirectory(prefix="nas-self-test-") as folder:
+        options = Options(retries=0, scale=Path(folder) / "reference.json")
+        for attempt in range(2):
+            with DeviceGate(str(target.torch_device())).exclusive() as lease:
+                sessions.append(
+                    measure_together(
+                        _models(target.batch),
+                        target,
+                        plan=Plan(max_seconds, seed=attempt),
+                        options=options,
+                        lease=lease,
+                        progress=progress,
+                    )
                 )
-            )
     first, second = ({name: r.median_ms for name, r in s.results.items()} for s in sessions)
     tau, deviation = agreement(first, second)
     some = next(iter(sessions[0].results.values()))

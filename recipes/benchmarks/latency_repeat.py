@@ -2,11 +2,12 @@
 
     python -m recipes.benchmarks.latency_repeat --load 2 --out recipes/results/latency_repeat.json
 
-One thread of a CPU. Each method measures all models in two sessions, one after the other, while ``--load`` processes
-switch between working and resting at random. Compared are the two sessions of each method: Kendall's tau and the median
-relative difference, with the figures as they come. The methods are ours (with what priority the system grants, and with
+One thread of a CPU. Each method measures all models in two sessions, while ``--load`` processes switch between working
+and resting at random; the sessions of the methods alternate. Compared are the two sessions of each method: Kendall's tau
+and the median relative difference. Ours keeps the reference's time of its first session as the scale of both, as a
+search does; the others' figures are as they come. The methods are ours (with what priority the system grants, and with
 none), ``torch.utils.benchmark``'s blocked_autorange, the way of timm's benchmark script (10 warm-up calls, mean of 40)
-and a plain mean of 100 calls. The sessions of the methods alternate.
+and a plain mean of 100 calls.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,9 +51,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     models = build(given.models, given.seed)
+    scales = Path(tempfile.mkdtemp(prefix="latency-repeat-"))
     methods: dict[str, Callable[[Models], tuple[dict[str, float], dict[str, Any]]]] = {
-        "ours": lambda m: ours(m, given.seconds, "auto"),
-        "ours, without priority": lambda m: ours(m, given.seconds, "off"),
+        "ours": lambda m: ours(m, given.seconds, "auto", scales / "auto.json"),
+        "ours, without priority": lambda m: ours(m, given.seconds, "off", scales / "off.json"),
         "blocked_autorange": lambda m: each(m, blocked_autorange),
         "timm (mean of 40)": lambda m: each(m, lambda f, x: mean_of(f, x, 10, 40)),
         "mean of 100": lambda m: each(m, lambda f, x: mean_of(f, x, 1, 100)),
@@ -67,6 +71,7 @@ def main() -> None:
                 print(
                     f"session {session + 1}: {name}: {found[name]['seconds'][-1]} s, load {os.getloadavg()[0]:.1f}"
                 )
+    shutil.rmtree(scales)
     for name, entry in found.items():
         entry["tau"], entry["median_deviation"] = agreement(*entry["sessions"])
         print(f"{name:24} tau {entry['tau']:.3f}  median deviation {entry['median_deviation']:.2%}")
@@ -114,9 +119,14 @@ def build(count: int, seed: int) -> Models:
     return models
 
 
-def ours(models: Models, seconds: float, priority: str) -> tuple[dict[str, float], dict[str, Any]]:
+def ours(
+    models: Models, seconds: float, priority: str, scale: Path
+) -> tuple[dict[str, float], dict[str, Any]]:
     found = measure_together(
-        models, Target.parse("cpu:1"), plan=Plan(seconds), options=Options(priority=priority, retries=0)
+        models,
+        Target.parse("cpu:1"),
+        plan=Plan(seconds),
+        options=Options(priority=priority, retries=0, scale=scale),
     )
     results = found.results.values()
     facts = {
