@@ -3,7 +3,7 @@
     python -m recipes.benchmarks.latency_repeat --load 2 --out recipes/results/latency_repeat.json
 
 One thread of a CPU. Each method measures all models in two sessions, while ``--load`` processes switch between working
-and resting at random; the sessions of the methods alternate. Compared are the two sessions of each method: Kendall's tau
+and resting at random; the sessions of the methods alternate. Compared are the two sessions of each method: Kendall tau
 and the median relative difference. Ours keeps the reference's time of its first session as the scale of both, as a
 search does; the others' figures are as they come. The methods are ours (with what priority the system grants, and with
 none), ``torch.utils.benchmark``'s blocked_autorange, the way of timm's benchmark script (10 warm-up calls, mean of 40)
