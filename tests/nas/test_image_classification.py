@@ -798,7 +798,8 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     first, second, third = json.loads(output)
     assert first == []
     assert second == ["torch"]
-    assert set(third) == {"torch", "sklearn", "pydantic"}
+    # Where pandas is installed, scikit-learn loads it, and pandas pyarrow.
+    assert set(third) - {"pyarrow"} == {"torch", "sklearn", "pydantic"}
 
 
 needs_data = pytest.mark.skipif(
