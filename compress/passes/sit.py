@@ -181,7 +181,9 @@ class Sit(Pass):
                 raise UserMistake(f"sit: {name}={locals()[name]!r} must be {law}")
         self.preset = preset
         if isinstance(slim_after, str):
-            raise UserMistake(f"sit: slim_after={slim_after!r} must be a list of numbers, as in slim_after=[6,9]")
+            raise UserMistake(
+                f"sit: slim_after={slim_after!r} must be a list of numbers, as in slim_after=[6,9]"
+            )
         self.slim_after = None if slim_after is None else list(slim_after)
         self.keep = keep
         self.tokens = None if tokens is None else list(tokens)
