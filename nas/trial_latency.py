@@ -75,7 +75,7 @@ def _coverage(samples: int) -> float:
 
 
 def measure_candidate(
-    model: nn.Module, task: Task, target: Target, payload: Mapping[str, Any], *, seconds: float = 1.5
+    model: nn.Module, task: Task, target: Target, payload: Mapping[str, Any], *, seconds: float = 1.0
 ) -> dict[str, Any]:
     """JSON form of the latency on ``target``, with the counted ``work`` and the ``conditions`` beside it.
 

@@ -255,7 +255,7 @@ def finalists_table(report: RunReport) -> Table:
         row = rows.get(int(found["number"]))
         latency, ratio = interval_text(found), interval_text(found, "ratio", "ratio_low", "ratio_high")
         is_base = row is not None and row.name is not None and row.name == report.baseline
-        cells = [latency, "baseline" if is_base else f"{ratio} ×" if ratio else "", judgement(found)]
+        cells = [latency, "baseline" if is_base else ratio, judgement(found)]
         if report.test_metric is not None:
             value = report.test_value(row) if row is not None else None
             cells.append("" if value is None else format_value(report.test_metric, value))
