@@ -67,17 +67,9 @@ class TestQuick(ControllerConformance):
 @with_nni
 @pytest.mark.slow
 class TestSlow(ControllerConformance):
-    @pytest.fixture(params=["nni:anneal", "nni:regularized_evolution", "nni:tpe"])
+    @pytest.fixture(params=["nni:regularized_evolution", "nni:tpe"])
     def make(self, request: pytest.FixtureRequest) -> MakeController:
         return maker(request.param)
-
-
-@with_nni
-@pytest.mark.slow
-class TestDefaults(ControllerConformance):
-    @pytest.fixture(params=["nni:evolution"])
-    def make(self, request: pytest.FixtureRequest) -> MakeController:
-        return lambda space, directions, seed: make_controller(request.param, space, directions, seed)
 
 
 def test_the_tuners_are_listed_without_nni() -> None:
