@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ class GatedLinear(nn.Module):
 
 
 @dataclass
-class Site:
+class Site(ABC):
     """One narrowable module of a model, found by name, so that it is found again in a copy.
 
     Attributes:
@@ -89,25 +90,25 @@ class Site:
         """The module in ``model``."""
         return model.get_submodule(self.name)
 
+    @abstractmethod
     def first(self, model: nn.Module) -> nn.Linear:
         """qkv or fc1, bare."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last(self, model: nn.Module) -> nn.Linear:
         """proj or fc2."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gated(self, model: nn.Module) -> GatedLinear:
         """qkv or fc1 with its gate, in a supernet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wrap(self, model: nn.Module, gate: Gate) -> None:
         """Put the gate behind qkv or fc1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, heads: Tensor, channels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Rows of the first and columns of the last linear that belong to the units; ``grid`` is (heads, channels)."""
-        raise NotImplementedError
 
     def cut(self, model: nn.Module, keep: Keep, grid: tuple[int, int], slicer: Slicer) -> None:
         """Keep the units ``keep`` of a module that has ``grid`` heads x channels."""
