@@ -8,20 +8,20 @@ the first projection of the raw input. Latency is close to a sum of these with o
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from nas.profile.skeleton import empty, plain_kernels, skeleton
 
 __all__ = ["Work", "count_work"]
 
@@ -100,7 +100,7 @@ def count_work(model: nn.Module, inputs: Sequence[Tensor]) -> Work:
     seen = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
     try:
-        counter = _run(_skeleton(model), [_empty(x) for x in inputs])
+        counter = _run(skeleton(model), [empty(x) for x in inputs])
     except (
         Exception
     ) as error:  # anything may go wrong without data; with data the model's own errors come out
@@ -121,43 +121,14 @@ def count_work(model: nn.Module, inputs: Sequence[Tensor]) -> Work:
     )
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy in which every tensor is on the meta device; no data is copied on the way."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for values in (module._parameters, module._buffers, vars(module)):
-            for value in values.values():
-                if isinstance(value, nn.Parameter):
-                    memo[id(value)] = nn.Parameter(_empty(value), requires_grad=value.requires_grad)
-                elif isinstance(value, Tensor):
-                    memo[id(value)] = _empty(value)
-    return copy.deepcopy(model, memo)
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="meta", requires_grad=False)
-
-
 def _run(model: nn.Module, inputs: Sequence[Tensor]) -> _Counter:
     model.eval()
     counter = _Counter()
     for value in inputs:
         counter.mark(value, _RAW)
-    with torch.no_grad(), _plain_kernels(), counter:
+    with torch.no_grad(), plain_kernels(), counter:
         model(*inputs)
     return counter
-
-
-@contextlib.contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Attention as matrix products: fused kernels differ from device to device, and their insides cannot be seen."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Counter(TorchDispatchMode):
