@@ -177,7 +177,7 @@ def _judge(
             "weights_sha256": result.weights_sha256 if result else None,
         }
         tests[row.number] = executor.submit(
-            "nas.trial_around:finalist_metrics",
+            "nas.search_jobs:finalist_metrics",
             payload,
             time_limit=config.trial_timeout,
             tag=f"test of trial {row.number}",
@@ -192,7 +192,7 @@ def _judge(
         "scale": str(study.run.scale),
     }
     timed = executor.submit(
-        "nas.trial_around:finalists_latency",
+        "nas.search_jobs:finalists_latency",
         payload,
         time_limit=None if config.trial_timeout is None else config.trial_timeout + _TOGETHER_SECONDS,
         tag="latency of the finalists",

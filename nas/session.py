@@ -57,7 +57,7 @@ class SessionObserver(Observer, Protocol):
     """Who watches a whole run."""
 
     def space(self, space: SearchSpace, config: SearchConfig, found: Mapping[str, Any]) -> None:
-        """What the space is, before the search; ``found`` is what ``nas.trial_around.probe`` returned."""
+        """What the space is, before the search; ``found`` is what ``nas.search_jobs.probe`` returned."""
 
     def searching(self, config: SearchConfig, finished: Sequence[StoredTrial]) -> None:
         """The search begins; the results of ``finished`` are known from before."""
@@ -255,7 +255,7 @@ class Session:
 
     def _probe(self, executor: Executor, config: SearchConfig, space: SearchSpace) -> dict[str, Any]:
         payload = {"config": config.dump(), "architectures": probe_architectures(space, config.seed)}
-        future = executor.submit("nas.trial_around:probe", payload, tag="probe", **placed(config.target))
+        future = executor.submit("nas.search_jobs:probe", payload, tag="probe", **placed(config.target))
         while not wait([future], timeout=0.2).done:
             if self.stopping.is_set():
                 raise Stopped
