@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from nas.latency.result import Pair, Verdict
-from nas.latency.rounds import SURE, Rounds, Track, quietest
+from nas.latency.rounds import SURE, Rounds
 from nas.latency.statistics import median_interval
+from nas.latency.visits import Track, quietest
 
 __all__ = ["MARGIN", "all_decided", "compare", "compare_all"]
 
@@ -18,6 +19,9 @@ LEAST_PAIRED = 9
 MARGIN = 0.01
 """Two copies of one model differ by up to about this share, because their weights lie elsewhere in memory."""
 
+_QUIET_BAND = 1.25
+"""What a busy neighbour core adds is more than this; what the reference scatters by itself is less."""
+
 
 def compare(
     first: Track, second: Track, clock: str, *, ceiling: float = math.inf, margin: float = MARGIN
@@ -25,7 +29,8 @@ def compare(
     """The pair's verdict from the rounds in which both were visited while the reference was below ``ceiling``.
 
     The ratio of each round is taken between the two models' ratios to the reference, so that what the machine did
-    between the two visits does not count. Its median's interval comes from order statistics and holds at 99.5 %.
+    between the two visits does not count; between visits with no reference in between it is that of their times. Its
+    median's interval comes from order statistics and holds at 99.5 %.
     """
     ratios = _paired(first, second, clock, ceiling)
     if not ratios:  # they never met
@@ -38,7 +43,7 @@ def compare(
 
 def compare_all(rounds: Rounds, *, against: str | None = None, margin: float = MARGIN) -> tuple[Pair, ...]:
     """Every two models of a session in the order given, or each against the one named ``against``."""
-    clock, ceiling = rounds.clock, rounds.ceiling()
+    clock, ceiling = rounds.clock, rounds.ceiling(_QUIET_BAND)
     return tuple(
         compare(a, b, clock, ceiling=ceiling, margin=margin)
         for a, b in _couples(list(rounds.tracks.values()), against)
@@ -46,12 +51,19 @@ def compare_all(rounds: Rounds, *, against: str | None = None, margin: float = M
 
 
 def all_decided(rounds: Rounds, precision: float, *, against: str | None, margin: float = MARGIN) -> bool:
-    """Whether more rounds would change no verdict: each is clear, or its ratio is known to ``precision``."""
-    pairs = compare_all(rounds, against=against, margin=margin)
+    """Whether more rounds would hardly change a verdict.
+
+    Each is clear, or the two are surely equal to within ``margin``, or the ratio is so near the margin that even an
+    interval of a quarter of ``precision`` on either side does not tell.
+    """
     return all(
         pair.rounds >= rounds.plan.min_rounds
-        and (pair.verdict != "cannot tell" or (pair.high - pair.low) / 2 <= precision * pair.ratio)
-        for pair in pairs
+        and (
+            pair.verdict != "cannot tell"
+            or (1 - margin <= pair.low and pair.high <= 1 + margin)
+            or (pair.high - pair.low) / 2 <= precision / 4 * pair.ratio
+        )
+        for pair in compare_all(rounds, against=against, margin=margin)
     )
 
 

@@ -25,10 +25,11 @@ from nas.latency.identity import Identity, describe_inputs, identity_of
 from nas.latency.priority import Granted, undisturbed
 from nas.latency.reference import ReferenceTimes, reference_workload
 from nas.latency.result import LatencyResult, Session
-from nas.latency.rounds import CONTENDED_ABOVE, LEAST_ROUNDS, Plan, Rounds, Track, median_times
-from nas.latency.runner import Times, make_runner, session
+from nas.latency.rounds import CONTENDED_ABOVE, LEAST_ROUNDS, Plan, Rounds
+from nas.latency.runner import Runner, Times, make_runner, relocate, session
 from nas.latency.statistics import bootstrap_interval, drift, median_interval, percentile
 from nas.latency.target import Target
+from nas.latency.visits import Track, median_times
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,7 +131,8 @@ def measure_together(
             lengths for instance, as ``nas.latency.runner.inputs_for`` makes them.
         target: where and how to run them.
         plan: how much; ``Plan(max_seconds=30)`` by default.
-        pairs: compare them; the rounds then go on until every pair is clear or known to ``plan.precision``.
+        pairs: compare them; the rounds then go on until every pair is clear, surely equal to within ``margin``, or
+            known to a quarter of ``plan.precision``.
         against: compare each with this one only.
         margin: a smaller difference than this share is not called one.
         options, lease: as for ``measure``.
@@ -210,7 +212,7 @@ class _Measurement:
         return self._session(rounds, granted, before, after, time.perf_counter() - began)
 
     def _rounds(
-        self, runners: Mapping[str, Callable[[], Times]], reference: Any, granted: Granted
+        self, runners: Mapping[str, Runner], reference: Runner, granted: Granted
     ) -> tuple[Rounds, Reading]:
         scale, digest = ReferenceTimes(self.options.scale), self._scale_digest(granted)
         rounds = Rounds(
@@ -225,6 +227,7 @@ class _Measurement:
             ),
             on_visit=lambda name: self.tell({"visit": name}),
             first=self.first,
+            relocate=lambda: relocate([reference, *runners.values()]),
         )
         rounds.warm_up(granted.renew)
         # Objects of the warm-up are collected now, and not by chance in somebody's visit: the collector rests.

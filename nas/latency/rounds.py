@@ -10,15 +10,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nas.latency.runner import Times
 from nas.latency.statistics import bootstrap_interval, median_interval, relative_slope, splits
+from nas.latency.visits import Track, Visit, calls_of, median_times
 
-__all__ = ["CONTENDED_ABOVE", "Plan", "Rounds", "Track", "Visit", "median_times"]
+__all__ = ["CONTENDED_ABOVE", "LEAST_ROUNDS", "SURE", "Plan", "Rounds"]
 
 CONTENDED_ABOVE = 1.05
 """Wall time over CPU time of a single-threaded call above which other work must have run on its core."""
@@ -31,18 +32,15 @@ LEAST_ROUNDS = 6
 
 _QUIET_SHARE = 0.1
 _QUIET_BAND = 1.1
+_REFERENCE_SECONDS = 0.05
+_PLACES = 16
+_MOVING_SHARE = 0.05
+_NEVER = Times(math.nan, math.nan, math.nan)
 _WARMUP_WINDOW = 5
 _WARMUP_SLOPE = 0.01
 _WARMUP_SECONDS = 0.2
 _WARMUP_LEAST = 3
 _WARMUP_SHARE = 0.3
-_VISIT_MS = 3.0
-_SLOW_MS = 150.0
-_MOST_CALLS = 15
-
-
-_V = TypeVar("_V")
-_NEVER = Times(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,9 @@ class Plan:
         limit_ms: with it a model is done as soon as it is surely above the limit. One that is surely below goes on: its
             figure is wanted.
         most_rounds: visits after which a model is done whatever its interval.
-        together: all models are visited until ``Rounds(done=...)`` says so, because they are to be compared.
+        together: all models are visited until ``Rounds(done=...)`` says so, because they are to be compared. Every
+            other round is in the reverse order of the one before, and the reference is visited less often: models
+            between the same two visits of it are compared directly, without its noise.
         seed: of the order of visits.
     """
 
@@ -67,49 +67,6 @@ class Plan:
     most_rounds: int = 1000
     together: bool = False
     seed: int = 0
-
-
-class Visit(NamedTuple):
-    """One visit: the median of its calls, and the reference's on both sides of it."""
-
-    round: int
-    times: Times
-    before: Times
-    after: Times
-
-    def ratio(self, clock: str) -> float:
-        """Its time over the mean of the reference's before and after."""
-        around = (getattr(self.before, clock) + getattr(self.after, clock)) / 2
-        return float(getattr(self.times, clock) / around)
-
-    def noise(self, clock: str) -> float:
-        """The slower one of the reference's times around it: what the machine was busy with, seen from outside."""
-        return float(max(getattr(self.before, clock), getattr(self.after, clock)))
-
-
-@dataclass
-class Track:
-    """What is known of one model in a session."""
-
-    name: str
-    run: Callable[[], Times]
-    calls: int = 3
-    first: Times = _NEVER
-    warmup_runs: int = 0
-    visits: list[Visit] = field(default_factory=list)
-    samples: list[Times] = field(default_factory=list)
-    tail: list[Times] = field(default_factory=list)
-    stopped: str | None = None
-    next_look: int = 0
-
-    @property
-    def runs(self) -> int:
-        """Calls in all."""
-        return 1 + self.warmup_runs + len(self.samples)
-
-    def quiet(self, clock: str, ceiling: float, least: int) -> list[Visit]:
-        """Visits with the reference at most ``ceiling`` on both sides; if they are too few, the quietest ``least``."""
-        return quietest(self.visits, lambda visit: visit.noise(clock), ceiling, least)
 
 
 class Rounds:
@@ -125,6 +82,8 @@ class Rounds:
         done: called from ``min_rounds`` on, more and more rarely; True ends the session: every decision is clear.
         on_visit: called with a model's name before it is touched, so that a crash can be blamed.
         first: times of first calls that were made before, by name.
+        relocate: puts all models' weights elsewhere in memory, False where that cannot be done. Where weights lie
+            changes the time of a call by about one per cent; so a session sees several places.
     """
 
     def __init__(
@@ -139,6 +98,7 @@ class Rounds:
         done: Callable[[Rounds], bool] = lambda rounds: False,
         on_visit: Callable[[str], None] = lambda name: None,
         first: Mapping[str, Times] | None = None,
+        relocate: Callable[[], bool] = lambda: False,
         now: Callable[[], float] = time.perf_counter,
     ):
         self.first = dict(first or {})
@@ -152,8 +112,14 @@ class Rounds:
         self.drift: list[tuple[float, Times]] = []
         self._clock_of = clock_of
         self._between, self._done, self._on_visit, self._now = between, done, on_visit, now
-        self._begun = now()
+        self._relocate: Callable[[], bool] | None = relocate
+        self._begun = self._moved = now()
+        self._moving = 0.0
         self._rng = random.Random(plan.seed)
+        self._order: list[Track] = []
+        self._before = _NEVER
+        self._reference_at = -math.inf
+        self._open: list[tuple[Track, int, Times]] = []
         self._splits = 0
 
     @property
@@ -182,18 +148,20 @@ class Rounds:
             self._known[name] = compute()
         return self._known[name]
 
-    def ceiling(self) -> float:
+    def ceiling(self, band: float = _QUIET_BAND) -> float:
         """The reference's time, milliseconds by the session's clock, up to which the machine counts as quiet.
+
+        It is ``band`` times the reference's fast tenth.
 
         A busy neighbour core slows models by unlike factors (measured: 1.42 and 1.48), so that ratios taken beside it
         are not those of a quiet machine. The reference tells the two states apart; a model's own times never do.
         """
 
         def compute() -> float:
-            return float(np.quantile(self.reference_times(), _QUIET_SHARE)) * _QUIET_BAND
+            return float(np.quantile(self.reference_times(), _QUIET_SHARE))
 
         found: float = self._once("ceiling", compute)
-        return found
+        return found * band
 
     def ratios(self, track: Track) -> list[float]:
         """A model's ratios to the reference, of its quiet visits."""
@@ -248,9 +216,11 @@ class Rounds:
         while active := [track for track in self.tracks.values() if track.stopped is None]:
             late = self._now() - self._begun >= self.plan.max_seconds
             if late and self.number >= LEAST_ROUNDS:
+                self._close_visits()
                 for track in active:
                     track.stopped = "time"
                 return
+            self._move()
             self._round(active)
             if self.number < self.plan.min_rounds:
                 continue
@@ -260,22 +230,56 @@ class Rounds:
             elif self.number >= self._next_look:
                 # Every look is another chance to be wrong, so they become rarer.
                 self._next_look += max(1, self.number // 4)
+                self._close_visits()
                 if self._done(self):
                     for track in active:
                         track.stopped = "decision"
 
+    def _move(self) -> None:
+        """Put the weights elsewhere when it is time, and run every model once there."""
+        now = self._now()
+        due = max(self.plan.max_seconds / _PLACES, self._moving / _MOVING_SHARE)
+        if self._relocate is None or now - self._moved < due:
+            return
+        self._close_visits()
+        if not self._relocate():
+            self._relocate = None
+            return
+        for track in self._all():
+            self._on_visit(track.name)
+            track.run()
+            track.warmup_runs += 1
+            self._between()
+        self._moved = self._now()
+        self._moving = self._moved - now
+        self._reference_at = -math.inf  # its last visit was elsewhere
+
     def _round(self, active: list[Track]) -> None:
-        self._rng.shuffle(active)
-        before = self._visit(self.reference)
-        for track in active:
-            times = self._visit(track)
-            after = self._visit(self.reference)
-            track.visits.append(Visit(self.number, times, before, after))
-            before = after
+        if self.plan.together and self.number % 2:
+            self._order.reverse()
+        else:
+            self._order = self._rng.sample(active, len(active))
+        for track in self._order:
+            if not self.plan.together or self._now() - self._reference_at >= _REFERENCE_SECONDS:
+                self._close_visits()
+            self._open.append((track, self.number, self._visit(track)))
+        if not self.plan.together:
+            self._close_visits()
         self.number += 1
-        self._known.clear()
+
+    def _close_visits(self) -> None:
+        """Visit the reference, which ends the stretch of visits since its last one."""
+        if self._reference_at > -math.inf and not self._open:
+            return
+        after = self._visit(self.reference)
+        self._reference_at = self._now()
+        for track, number, times in self._open:
+            track.visits.append(Visit(number, times, self._before, after))
+        self._open.clear()
+        self._before = after
 
     def _visit(self, track: Track) -> Times:
+        self._known.clear()
         self._on_visit(track.name)
         calls = [track.run() for _ in range(track.calls)]
         track.samples += calls
@@ -321,22 +325,3 @@ class Rounds:
         """How often the reference's level changed."""
         found: int = self._once("splits", lambda: len(splits(self.reference_times())))
         return found
-
-
-def quietest(visits: Sequence[_V], noise: Callable[[_V], float], ceiling: float, least: int) -> list[_V]:
-    """Those with at most ``ceiling`` of noise, or the ``least`` quietest where these are more; order is kept."""
-    ordered = sorted(noise(visit) for visit in visits)
-    bound = max(ceiling, ordered[min(least, len(ordered)) - 1]) if ordered and least else ceiling
-    return [visit for visit in visits if noise(visit) <= bound]
-
-
-def calls_of(times: Times) -> int:
-    """Calls in one visit: three, so that one disturbed call does not show; more of a fast model, one of a slow one."""
-    if times.wall >= _SLOW_MS:
-        return 1
-    return min(_MOST_CALLS, max(3, math.ceil(_VISIT_MS / max(times.wall, 1e-3))))
-
-
-def median_times(calls: Sequence[Times]) -> Times:
-    """The median by each clock."""
-    return Times(*(statistics.median(column) for column in zip(*calls, strict=True)))

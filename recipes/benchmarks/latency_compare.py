@@ -25,6 +25,8 @@ from nas.latency import Options, Plan, Target, measure_together
 from recipes.benchmarks.latency_repeat import load
 
 BLOCKS = 20
+KINDS = {"copy": 0, "5 % slower": 1}
+"""What the other model is -> how many blocks more it has."""
 
 
 def main() -> None:
@@ -33,37 +35,36 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=100, help="comparisons of each kind")
     parser.add_argument("--load", type=int, default=0, help="processes that load the machine at random")
-    parser.add_argument("--seconds", type=float, default=6.0, help="at most, for one comparison")
+    parser.add_argument("--seconds", type=float, default=8.0, help="at most, for one comparison")
     parser.add_argument("--priority", default="auto", choices=["auto", "off"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; comparisons that it holds are not made again")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rng = random.Random(given.seed)
-    found: dict[str, list[dict[str, Any]]] = {"copy": [], "5 % slower": []}
+    known = json.loads(given.out.read_text(encoding="utf-8")) if given.out and given.out.exists() else {}
+    name = f"load {given.load}, priority {given.priority}, at most {given.seconds:g} s"
+    found: dict[str, list[dict[str, Any]]] = known.get(name, {}).get("pairs", {kind: [] for kind in KINDS})
     with load(given.load, given.seed):
-        for number in range(given.pairs):
-            for kind, more in (("copy", 0), ("5 % slower", 1)):
-                found[kind].append(duel(rng, more, given.seconds, given.priority))
-            if number % 10 == 9:
-                print(
-                    number + 1,
-                    {kind: dict(Counter(p["verdict"] for p in pairs)) for kind, pairs in found.items()},
-                )
-    summary = {kind: summarise(pairs) for kind, pairs in found.items()}
-    print(json.dumps(summary, indent=1))
-    if given.out is not None:
-        known = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
-        known[f"load {given.load}, priority {given.priority}"] = {
-            "command": f"python -m recipes.benchmarks.latency_compare --pairs {given.pairs} --load {given.load}"
-            f" --priority {given.priority} --seed {given.seed}",
-            "summary": summary,
-            "environment": describe_environment(),
-        }
-        atomic_write_json(given.out, known)
+        for number in range(len(found["copy"]), given.pairs):
+            for kind, more in KINDS.items():
+                found[kind].append(duel(f"{given.seed}:{number}", more, given.seconds, given.priority))
+            if number % 5 == 4 or number == given.pairs - 1:
+                print(number + 1, {kind: verdicts(pairs) for kind, pairs in found.items()}, flush=True)
+                if given.out is not None:
+                    known[name] = {
+                        "command": f"python -m recipes.benchmarks.latency_compare --pairs {number + 1}"
+                        f" --load {given.load} --seconds {given.seconds:g} --priority {given.priority}"
+                        f" --seed {given.seed}",
+                        "summary": {kind: summarise(pairs) for kind, pairs in found.items()},
+                        "pairs": found,
+                        "environment": describe_environment(),
+                    }
+                    atomic_write_json(given.out, known)
+    print(json.dumps({kind: summarise(pairs) for kind, pairs in found.items()}, indent=1))
 
 
-def duel(rng: random.Random, more: int, seconds: float, priority: str) -> dict[str, Any]:
+def duel(seed: str, more: int, seconds: float, priority: str) -> dict[str, Any]:
+    rng = random.Random(seed)
     width, size = rng.choice([64, 96, 128]), rng.choice([64, 80, 96])
     inputs = (torch.randn(1, 3, size, size),)
     models = {"base": (vit(width, size, BLOCKS), inputs), "other": (vit(width, size, BLOCKS + more), inputs)}
@@ -78,9 +79,9 @@ def duel(rng: random.Random, more: int, seconds: float, priority: str) -> dict[s
     pair = session.pair("base", "other")
     base = session.results["base"]
     return {
-        **pair.to_dict(),
+        **{name: getattr(pair, name) for name in ("verdict", "ratio", "low", "high", "rounds")},
         "runs": base.runs,
-        "seconds": base.seconds,
+        "seconds": round(base.seconds, 2),
         "clock": base.clock,
         "trusted": base.trusted,
     }
@@ -92,10 +93,14 @@ def vit(width: int, size: int, depth: int) -> VisionTransformer:
     ).eval()
 
 
+def verdicts(pairs: list[dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(pair["verdict"] for pair in pairs))
+
+
 def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = sorted(pair["ratio"] for pair in pairs)
     return {
-        "verdicts": dict(Counter(pair["verdict"] for pair in pairs)),
+        "verdicts": verdicts(pairs),
         "ratio": {"least": ratios[0], "median": statistics.median(ratios), "most": ratios[-1]},
         "median_rounds": statistics.median(pair["rounds"] for pair in pairs),
         "median_runs_of_a_model": statistics.median(pair["runs"] for pair in pairs),

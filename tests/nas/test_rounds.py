@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from nas.latency.compare import all_decided, compare, compare_all
-from nas.latency.rounds import Plan, Rounds, Track, calls_of, median_times
+from nas.latency.rounds import Plan, Rounds
 from nas.latency.runner import Times
 from nas.latency.statistics import (
     bootstrap_interval,
@@ -26,6 +26,7 @@ from nas.latency.statistics import (
     relative_slope,
     splits,
 )
+from nas.latency.visits import Track, calls_of, median_times
 
 
 class Machine:
@@ -332,6 +333,96 @@ def test_five_per_cent_are_found_and_never_the_wrong_way_round() -> None:
     assert sum(verdict == "faster" for verdict, _ in found) >= 98
     assert not any(verdict == "slower" for verdict, _ in found)
     assert statistics.median(number for _, number in found) <= 40
+
+
+def test_a_scattering_reference_does_not_blur_a_comparison() -> None:
+    verdicts = []
+    for seed in range(20):
+        machine = Machine(seed, noise=0.015)
+        models = {name: machine.model(name, ms) for name, ms in (("a", 5.0), ("b", 5.25))}
+        reference = machine.model("reference", 1.0)
+        jumps = random.Random(seed)
+
+        def scattering(run: Callable[[], Times] = reference, jumps: random.Random = jumps) -> Times:
+            wall = run().wall * jumps.choice([0.92, 1.08])
+            return Times(wall, wall, math.nan)
+
+        plan = Plan(2.0, 0.01, together=True, seed=seed)
+        rounds = Rounds(models, scattering, plan, lambda calls: "wall", now=machine.now)
+        rounds.warm_up()
+        rounds.run()
+        verdicts.append(compare_all(rounds)[0].verdict)
+    assert verdicts.count("faster") >= 19
+
+
+def test_rounds_of_a_comparison_are_mirrored_and_visit_the_reference_now_and_then() -> None:
+    machine = Machine()
+    rounds = machine.session({"a": 2.0, "b": 3.0, "c": 4.0}, Plan(2.0, 0.01, together=True))
+    order = [name for name, _ in itertools.groupby(machine.seen[machine.seen.index("c") + 1 :])]
+    visits = [name for name in order if name != "reference"]
+    by_round: dict[int, list[tuple[float, str]]] = {}
+    for track in rounds.tracks.values():
+        assert [visit.round for visit in track.visits] == list(range(rounds.number))
+        for visit in track.visits:
+            by_round.setdefault(visit.round, []).append((visit.before.wall, track.name))
+    assert len(by_round) >= 20
+    assert len(visits) / order.count("reference") >= 4
+    # Models between the same two visits of the reference are compared by their times alone.
+    first = compare(rounds.tracks["a"], rounds.tracks["b"], "wall")
+    assert first.ratio == pytest.approx(2 / 3)
+
+
+def test_undecided_pairs_go_on_until_they_are_surely_equal_or_known_well() -> None:
+    def judged(ratio: float, noise: float, seconds: float) -> bool:
+        rounds = Machine(3, noise).session({"a": 5.0 * ratio, "b": 5.0}, Plan(seconds, together=True))
+        return all_decided(rounds, 0.01, against=None)
+
+    assert judged(1.0, 0.002, 3.0)  # within the margin
+    assert judged(1.03, 0.005, 3.0)  # clear
+    assert judged(1.01, 0.0001, 3.0)  # on the margin, but known to a quarter of the precision
+    assert not judged(1.008, 0.02, 3.0)
+
+
+# -- where weights lie -------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_moved_now_and_then_and_every_model_is_warm_again() -> None:
+    machine = Machine(noise=0.01)
+    moves: list[int] = []
+
+    def relocate() -> bool:
+        machine.at += 0.01
+        moves.append(len(machine.seen))
+        return True
+
+    rounds = machine.session({"a": 5.0, "b": 6.0}, Plan(4.0, 1e-9, most_rounds=10**6), relocate=relocate)
+    assert 4 <= len(moves) <= 16
+    for at in moves:
+        assert machine.seen[at : at + 3] == ["reference", "a", "b"]
+    timed = sum(len(track.samples) for track in [rounds.reference, *rounds.tracks.values()])
+    untimed = sum(track.warmup_runs + 1 for track in [rounds.reference, *rounds.tracks.values()])
+    assert timed + untimed == len(machine.seen)
+
+
+def test_moving_takes_a_small_share_of_the_time_and_stops_where_nothing_can_be_moved() -> None:
+    machine = Machine(noise=0.01)
+    calls: list[float] = []
+
+    def slowly() -> bool:
+        machine.at += 0.5
+        calls.append(machine.at)
+        return True
+
+    machine.session({"a": 5.0}, Plan(20.0, 1e-9, most_rounds=10**6), relocate=slowly)
+    assert len(calls) <= 3
+
+    def never() -> bool:
+        calls.append(0.0)
+        return False
+
+    calls.clear()
+    Machine(noise=0.01).session({"a": 5.0}, Plan(4.0, 1e-9, most_rounds=10**6), relocate=never)
+    assert calls == [0.0]
 
 
 def test_pairs_against_one_or_all() -> None:

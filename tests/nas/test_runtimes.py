@@ -26,6 +26,7 @@ from nas.latency.runner import (
     _like,
     inputs_for,
     make_runner,
+    relocate,
     session,
 )
 from nas.latency.runtimes import cudagraph
@@ -616,3 +617,25 @@ def test_runtimes_import_neither_torch_nor_an_engine() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
     assert importlib.import_module("nas.latency.runtimes").RUNTIMES.get("eager").cpu_clock == "thread"
+
+
+# -- where weights lie -------------------------------------------------------------------------------------------------
+
+
+def test_relocated_weights_are_the_same_elsewhere() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[0].weight  # tied
+    x = torch.randn(1, 8)
+    runner = make_runner(model, (x,), Target.parse("cpu:1"))
+    inside = runner._runtime
+    expected = inside.run()
+    places = [weight.data_ptr() for weight in runner.weights()]
+    given = [weight.data_ptr() for weight in model.parameters()]
+    assert relocate([runner])
+    assert not set(places) & {weight.data_ptr() for weight in runner.weights()}
+    assert [weight.data_ptr() for weight in model.parameters()] == given
+    twin = inside._model
+    assert twin[2].weight is twin[0].weight
+    assert torch.equal(inside.run(), expected)
+    assert not relocate([])

@@ -77,6 +77,10 @@ class Runtime(ABC):
     def stage(self, number: int) -> None:
         """Make set ``number`` the one that ``run`` uses. Not timed."""
 
+    def weights(self) -> list[Tensor]:
+        """Tensors that may be given other memory between two runs (by their ``data``)."""
+        return []
+
     def close(self) -> None:
         """Let go of the model and of the engine's memory."""
         self.__dict__.clear()

@@ -24,12 +24,23 @@ class Eager(Runtime):
         )
         self._sets = on_device(sets, target)
         self._inputs = self._sets[0]
+        self._on_cpu = target.device_kind == "cpu"
 
     def stage(self, number: int) -> None:
         self._inputs = self._sets[number]
 
     def run(self) -> Any:
         return self._model(*self._inputs)
+
+    def weights(self) -> list[Tensor]:
+        import torch
+
+        if not self._on_cpu:
+            return []
+        # Parameters of a class of their own (quantised ones, for instance) hold memory that ``data`` does not show.
+        return [
+            one for one in self._model.parameters() if type(one.data) is torch.Tensor and not one.is_sparse
+        ]
 
 
 def on_device(sets: InputSets, target: Target) -> list[tuple[Tensor, ...]]:
