@@ -36,9 +36,11 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 Kind = Literal["latency", "macs", "params"]
 
-CHANGES = frozenset({"tokens", "widths", "ranks", "experts", "activations", "fusion", "precision"})
+CHANGES = frozenset(
+    {"tokens", "widths", "ranks", "experts", "activations", "fusion", "precision", "execution"}
+)
 """What a pass can change: number of tokens, sizes of layers, factorised layers, experts, activations taken away,
-layers merged into one, the type of numbers."""
+layers merged into one, the type of numbers, the way in which the same values are computed."""
 
 _QUANTISED: Mapping[str, str] = MappingProxyType(
     {"precision": "weights of int8 can be neither cut nor trained any more; quantise last"}
