@@ -165,13 +165,17 @@ def _shape_text(declared: Sequence[int | None]) -> str:
 
 def at_size(name: str, signature: Any, extent: Extent | None) -> Any:
     """A task's signature for another size. Raises UserMistake for one that it cannot have."""
-    from spaces.signature import ImageSignature
+    from spaces.signature import ClickThroughRateSignature, ImageSignature
 
     if extent is None:
         return signature
     if isinstance(signature, ImageSignature):
         height, width = extent.image(name)
         return dataclasses.replace(signature, height=height, width=width)
+    if isinstance(signature, ClickThroughRateSignature):
+        raise UserMistake(
+            f"--size {extent.text}: model {name!r} takes neither images nor sequences; leave it out"
+        )
     longest = getattr(signature, "max_length", None)
     if longest is not None and extent.high > longest:
         raise UserMistake(f"--size {extent.text}: model {name!r} takes at most {longest} tokens")
@@ -182,8 +186,10 @@ def inputs_of(name: str, signature: Any, extent: Extent | None) -> MakeInputs:
     """A function ``(batch, generator) -> arguments`` for a model of that signature. Raises UserMistake if unknown."""
     import torch
 
-    from spaces.signature import ImageSignature, TranslationSignature
+    from spaces.signature import ClickThroughRateSignature, ImageSignature, TranslationSignature
 
+    if isinstance(signature, ClickThroughRateSignature):
+        return _features(signature)
     if isinstance(signature, ImageSignature):
         shape = (None, signature.channels, signature.height, signature.width)
         return drawing(name, [Slot(torch.float32, shape, shape)], None)
@@ -202,5 +208,21 @@ def inputs_of(name: str, signature: Any, extent: Extent | None) -> MakeInputs:
         source[:, -1] = signature.end
         target[:, 0] = signature.begin
         return source, target
+
+    return make_inputs
+
+
+def _features(signature: Any) -> MakeInputs:
+    """Ids of every field, each as frequent as the other, and normal numbers."""
+    import torch
+
+    def make_inputs(
+        batch: int, generator: torch.Generator, *, length: int | None = None
+    ) -> tuple[Tensor, ...]:
+        columns = [
+            torch.randint(1, vocabulary, (batch, width), generator=generator)
+            for vocabulary, width in zip(signature.vocabularies, signature.widths, strict=True)
+        ]
+        return torch.cat(columns, 1), torch.randn(batch, signature.dense, generator=generator)
 
     return make_inputs

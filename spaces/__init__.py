@@ -5,13 +5,14 @@ from __future__ import annotations
 from spaces.errors import ArchitectureError, SpaceError, UnknownNameError, UserMistake
 from spaces.parameters import Architecture, Choice, Constraint, Float, Int, Parameter, Scalar, When
 from spaces.registry import get_space, list_spaces, register_space
-from spaces.signature import ImageSignature, Signature, TranslationSignature
+from spaces.signature import ClickThroughRateSignature, ImageSignature, Signature, TranslationSignature
 from spaces.space import SearchSpace
 
 __all__ = [
     "Architecture",
     "ArchitectureError",
     "Choice",
+    "ClickThroughRateSignature",
     "Constraint",
     "Float",
     "ImageSignature",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.tasks.base import Batch, Task
-from spaces.signature import ImageSignature, Signature, TranslationSignature
+from spaces.signature import ClickThroughRateSignature, ImageSignature, Signature, TranslationSignature
 
 __all__ = ["TaskConformance", "tiny_model"]
 
@@ -119,6 +119,9 @@ class TaskConformance:
             _check_inputs(task.signature, batch[:1], len(batch[0]))
             assert batch[1].dtype == torch.int64
             assert int(batch[1].max()) < task.signature.classes
+        elif isinstance(task.signature, ClickThroughRateSignature):
+            _check_inputs(task.signature, batch[:2], len(batch[0]))
+            assert set(batch[2].tolist()) <= {0.0, 1.0}
         else:
             _check_inputs(task.signature, batch[:2], len(batch[0]))
 
@@ -143,6 +146,8 @@ def tiny_model(signature: Signature) -> nn.Module:
         if isinstance(signature, ImageSignature):
             values = signature.channels * signature.height * signature.width
             return nn.Sequential(nn.Flatten(), nn.Linear(values, signature.classes))
+        if isinstance(signature, ClickThroughRateSignature):
+            return _TinyRanker(signature)
         return _TinyTranslator(signature)
 
 
@@ -160,6 +165,20 @@ class _TinyTranslator(nn.Module):
         return logits
 
 
+class _TinyRanker(nn.Module):
+    """Adds up a number for every id and the dense numbers."""
+
+    def __init__(self, signature: ClickThroughRateSignature):
+        super().__init__()
+        self.table = nn.Embedding(max(signature.vocabularies), signature.outputs)
+        self.dense = nn.Linear(signature.dense, signature.outputs)
+
+    def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
+        """(B, I), (B, D) -> (B, outputs)."""
+        logits: Tensor = self.table(ids).sum(1) + self.dense(dense)
+        return logits
+
+
 def _equal(left: list[Batch], right: list[Batch]) -> bool:
     return len(left) == len(right) and all(
         a.shape == b.shape and torch.equal(a, b)
@@ -173,6 +192,17 @@ def _check_inputs(signature: Signature, inputs: tuple[Tensor, ...], batch_size: 
         (images,) = inputs
         assert images.shape == (batch_size, signature.channels, signature.height, signature.width)
         assert images.dtype == torch.float32
+        return
+    if isinstance(signature, ClickThroughRateSignature):
+        ids, dense = inputs
+        assert (ids.dtype, dense.dtype) == (torch.int64, torch.float32)
+        assert ids.shape == (batch_size, sum(signature.widths))
+        assert dense.shape == (batch_size, signature.dense)
+        assert bool(torch.isfinite(dense).all())
+        for columns, vocabulary in zip(
+            ids.split(list(signature.widths), 1), signature.vocabularies, strict=True
+        ):
+            assert 0 <= int(columns.min()) <= int(columns.max()) < vocabulary
         return
     source, target = inputs
     for tokens, vocabulary in (
@@ -189,5 +219,7 @@ def _check_inputs(signature: Signature, inputs: tuple[Tensor, ...], batch_size: 
 def _check_outputs(signature: Signature, outputs: Tensor, inputs: tuple[Tensor, ...]) -> None:
     if isinstance(signature, ImageSignature):
         assert outputs.shape == (len(inputs[0]), signature.classes)
+    elif isinstance(signature, ClickThroughRateSignature):
+        assert outputs.shape == (len(inputs[0]), signature.outputs)
     else:
         assert outputs.shape == (*inputs[1].shape, signature.target_vocabulary)

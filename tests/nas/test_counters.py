@@ -31,7 +31,9 @@ from spaces.sequence.efficient_transformer import (
     image_plan,
     translation_plan,
 )
-from spaces.signature import ImageSignature, TranslationSignature
+from spaces.sequence.hiformer import count_macs as hiformer_macs
+from spaces.sequence.hiformer import hiformer_plan
+from spaces.signature import ClickThroughRateSignature, ImageSignature, TranslationSignature
 
 
 class Function(nn.Module):
@@ -447,6 +449,12 @@ def built(space: SearchSpace, architecture: Any) -> tuple[nn.Module, tuple[Tenso
         plan = translation_plan(scale, architecture)
         inputs = torch.ones(1, 11, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)
         return model, inputs, count_translation_macs(11, 9, **plan) + 9 * plan["dims"][1] * 100
+    if space.task == "click_through_rate":
+        signature = ClickThroughRateSignature((9, 8, 7, 6), (1, 1, 3, 1), 5, outputs=2)
+        with torch.device("meta"):
+            model = space.build(architecture, signature)
+        features = torch.ones(1, 6, dtype=torch.long), torch.ones(1, 5)
+        return model, features, hiformer_macs(signature, **hiformer_plan(architecture, signature))
     side = 32 if scale == "small" else 224
     signature = ImageSignature(3, side, side, 10)
     with torch.device("meta"):

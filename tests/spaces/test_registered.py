@@ -8,12 +8,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spaces import Architecture, ImageSignature, SearchSpace, TranslationSignature, get_space, list_spaces
+from spaces import (
+    Architecture,
+    ClickThroughRateSignature,
+    ImageSignature,
+    SearchSpace,
+    Signature,
+    TranslationSignature,
+    get_space,
+    list_spaces,
+)
 from tests.conformance.space import SpaceConformance
 
 NAMES = [f"{name}:{scale}" for name, scales in list_spaces().items() for scale in scales]
 SIGNATURES = {
     "image_classification": [ImageSignature(1, 8, 8, 10), ImageSignature(3, 32, 32, 5)],
+    "click_through_rate": [
+        ClickThroughRateSignature((9, 5), (1, 1), 2, outputs=2),
+        ClickThroughRateSignature((9, 5, 7), (1, 3, 1), 4),
+    ],
     "translation": [
         TranslationSignature(40, 40, 24),
         TranslationSignature(40, 30, 24, shared_vocabulary=False),
@@ -55,15 +68,16 @@ class TestRegistered(SpaceConformance):
         assert len(set(prints)) == len(prints)
 
 
-def _trains(
-    space: SearchSpace, architecture: Architecture, signature: ImageSignature | TranslationSignature
-) -> None:
+def _trains(space: SearchSpace, architecture: Architecture, signature: Signature) -> None:
     torch.manual_seed(0)
     model = space.build(architecture, signature)
     inputs: tuple[Tensor, ...]
     if isinstance(signature, ImageSignature):
         inputs = (torch.randn(2, signature.channels, signature.height, signature.width),)
         expected: tuple[int, ...] = (2, signature.classes)
+    elif isinstance(signature, ClickThroughRateSignature):
+        inputs = (torch.randint(0, 5, (2, sum(signature.widths))), torch.randn(2, signature.dense))
+        expected = (2, signature.outputs)
     else:
         source = torch.randint(3, signature.source_vocabulary, (2, 9))
         source[0, 6:] = signature.padding
