@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nas.errors import RunStopped, SpaceExhausted, UserMistake
 from nas.executors.ray_targets import placed
 from nas.study import KeyTaken, StoredTrial, Study, StudyFull, TakenOver, TrialResult
+from nas.trial_parts import drop_checkpoints
 
 if TYPE_CHECKING:
     from nas.config import SearchConfig
@@ -285,11 +286,20 @@ class Search:
             trial = self.study.record(trial, result)
         except TakenOver as error:
             self.observer.note(f"{error}; its result from here is not counted")
+            self._tidy(trial)
             return
+        self._tidy(trial)
         self.pruner.finish(trial.number, complete=result.state == "complete")
         self._tell(trial)
         self.observer.finished(trial)
         self._watch_failures(result)
+
+    def _tidy(self, trial: StoredTrial) -> None:
+        """Remove what a worker that was killed has left to go on from."""
+        if (
+            ":" not in self.config.evaluator
+        ):  # what a user's function keeps in the directory is its own business
+            drop_checkpoints(self.study.run.trial(trial.number))
 
     def _tell(self, trial: StoredTrial) -> None:
         assert trial.result is not None  # only finished trials are told

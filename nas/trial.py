@@ -17,7 +17,16 @@ from nas.errors import TrialFailure, UserMistake
 from nas.executors.ray_targets import split_ray_target
 from nas.files import CorruptFile, read_record, write_record
 from nas.trial_latency import measure_candidate, over_budget, predicted_over_budget
-from nas.trial_parts import count, skeleton_of, space_of, target_of, task_of, training_threads
+from nas.trial_parts import (
+    checkpoint_of,
+    count,
+    drop_checkpoints,
+    skeleton_of,
+    space_of,
+    target_of,
+    task_of,
+    training_threads,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,6 +75,8 @@ def run_trial(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
         result["values"] = _objective_values(payload["objectives"], result)
     result = dict(_finite(result))
     write_record(Path(payload["directory"]) / "result.json", {**result, "key": payload["key"]})
+    if ":" not in config["evaluator"]:  # what a user's function keeps there is its own business
+        drop_checkpoints(Path(payload["directory"]))
     return result
 
 
@@ -212,7 +223,10 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
     channel.event({"stage": "begun", **_known_metrics(result)})
     curve = _Curve(channel)
     with gate.shared():
-        context = Context(config, device, payload["seed"], directory, curve.report, gate.breathe)
+        checkpoint = checkpoint_of(directory, payload["key"])
+        context = Context(
+            config, device, payload["seed"], directory, curve.report, gate.breathe, checkpoint=checkpoint
+        )
         evaluate = EVALUATORS.get(config["evaluator"])
         evaluation = evaluate(model.to(device), payload["architecture"], task, context)
     result["metrics"].update(evaluation.metrics)

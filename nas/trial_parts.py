@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.environment import usable_cpus
@@ -17,7 +19,19 @@ if TYPE_CHECKING:
     from nas.tasks.base import Task
     from spaces import Architecture, SearchSpace
 
-__all__ = ["count", "skeleton_of", "space_of", "target_of", "task_of", "training_threads"]
+__all__ = [
+    "checkpoint_of",
+    "count",
+    "drop_checkpoints",
+    "skeleton_of",
+    "space_of",
+    "target_of",
+    "task_of",
+    "training_threads",
+]
+
+_CHECKPOINTS = "checkpoint"
+
 
 _SPACES: dict[tuple[str, str | None], SearchSpace] = {}
 _TASKS: dict[str, Task] = {}
@@ -28,6 +42,19 @@ def training_threads(config: Mapping[str, Any]) -> int:
     if config["ray"]:
         return max(1, int(config["cpus_per_trial"]))
     return max(1, usable_cpus() // int(config["workers"]))
+
+
+def checkpoint_of(directory: Path, key: str) -> Path:
+    """Where the training of the candidate ``key`` keeps its state until its trial, in ``directory``, is finished.
+
+    By key, because a damaged study may give a trial's number, and with it its directory, to another architecture.
+    """
+    return directory / _CHECKPOINTS / key
+
+
+def drop_checkpoints(directory: Path) -> None:
+    """Remove what ``checkpoint_of`` names; nothing goes on from it any more."""
+    shutil.rmtree(directory / _CHECKPOINTS, ignore_errors=True)
 
 
 def count(model: Any, task: Task) -> dict[str, Any]:

@@ -23,7 +23,9 @@ class Context:
 
     ``config`` is ``SearchConfig.dump()``. ``report(epoch, epochs, quality, point)`` records one point of the
     learning curve (``quality``: more is better) and returns True when the candidate should stop. ``breathe()``
-    is to be called between steps: it lets a latency measurement in that waits for the device.
+    is to be called between steps: it lets a latency measurement in that waits for the device. ``checkpoint`` is a
+    directory for the state of a training, from which the candidate goes on after an interruption, on this machine or
+    another one; it is removed when the trial is finished. None: nothing is kept.
     """
 
     config: Mapping[str, Any]
@@ -32,6 +34,7 @@ class Context:
     directory: Path
     report: Callable[[int, int, float, dict[str, Any]], bool]
     breathe: Callable[[], None]
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)

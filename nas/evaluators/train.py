@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 from nas.evaluators import register_evaluator
@@ -37,13 +36,15 @@ def evaluate_by_training(
         return stop and progress.epoch < progress.epochs
 
     settings = train_config(context, task)
-    # On a cluster a trial may move to another node and goes on from its last epoch there.
-    checkpoint = context.directory / "checkpoint" if context.config["ray"] else None
     outcome = train(
-        model, task, settings, context.device, report=report, breathe=context.breathe, checkpoint=checkpoint
+        model,
+        task,
+        settings,
+        context.device,
+        report=report,
+        breathe=context.breathe,
+        checkpoint=context.checkpoint,
     )
-    if checkpoint is not None:
-        shutil.rmtree(checkpoint, ignore_errors=True)
     return Evaluation(metrics=dict(outcome.metrics), stopped_early=outcome.stopped_early)
 
 

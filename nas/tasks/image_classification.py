@@ -65,7 +65,8 @@ class ImageClassification(Task):
         data: ``digits`` (default), a torchvision name, a directory, a parquet file or a tar archive; see
             ``nas.tasks.image_data.load_images``.
         data_root: folder of a torchvision data set's files.
-        cache_dir: where decoded arrays are kept; ./runs/.cache by default.
+        cache_dir: where decoded arrays are kept; ./runs/.cache by default. They are decoded once on each machine and
+            mapped by all of its processes; on a cluster, a disk of each node's own is the best place.
         seed: of the cuts and of ``limit``.
         image_size: side in pixels to which images are resized.
         limit: number of training images to keep, for quick tries.

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from nas.executors import RayExecutor
 from nas.reader import read_run
 from tests.conformance.executor import failure_of, value_of
+from tests.nas.data_jobs import DATA_JOBS
 from tests.nas.faults.bench import Bench, wait_until
 from tests.nas.ray_jobs import RAY_JOBS, SlowHost
 
@@ -199,6 +202,31 @@ def test_training_stays_off_the_node_that_measures(new_cluster: NewCluster, make
     assert {value_of(future.result(PATIENCE))["node"] for future in measured} == {"0"}
     assert {value_of(future.result(PATIENCE))["node"] for future in trained} == {"1", "2"}
     assert {slot.node for slot in executor._slots if slot.where == "jetson"} == {jetson}
+
+
+def test_data_are_decoded_once_on_each_node(new_cluster: NewCluster, make: Any, tmp_path: Path) -> None:
+    """Two nodes with a cache each, two places on each of them, every trial asking for the data."""
+    data = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        path = data / ("ant", "bee")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    executor = make(new_cluster(2), cpus_per_trial=0.5)
+    assert executor.workers == 4
+    wait_until(lambda: executor.capacity == 4, PATIENCE, "four places")
+    payload = {"data": str(data), "folder": str(tmp_path), "places": 4}
+    futures = [executor.submit(f"{DATA_JOBS}load", payload) for _ in range(12)]
+    found = [value_of(future.result(PATIENCE)) for future in futures]
+    decodings = [line.split()[0] for line in (tmp_path / "marks").read_text().splitlines()]
+    assert sorted(decodings) == ["0", "1"]
+    by_node = {node: [one for one in found if one["node"] == node] for node in ("0", "1")}
+    for ones in by_node.values():
+        assert len({one["pid"] for one in ones}) == 2
+        assert len({one["inode"] for one in ones}) == 1
+    assert len({one["inode"] for one in found}) == 2
+    assert len({one["sum"] for one in found}) == 1
+    assert {one["own_kib"] for one in found} == {0}
 
 
 # -- the whole program -------------------------------------------------------------------------------------------------
