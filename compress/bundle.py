@@ -107,7 +107,7 @@ def check_onnx(path: Path, model: nn.Module, example: tuple[torch.Tensor, ...]) 
             raise RunStopped(
                 f"export: onnxruntime gives {tuple(found.shape)} at batch {batch}, not {tuple(wanted.shape)}"
             )
-        gaps[batch] = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+        gaps[batch] = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
         if not gaps[batch] <= _TOLERANCE:
             raise RunStopped(
                 f"export: at batch {batch} onnxruntime differs from the model by {gaps[batch]:.2g}"

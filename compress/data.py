@@ -77,7 +77,13 @@ def example_of(model: nn.Module, *sources: Batches | Task | None) -> tuple[Tenso
         if isinstance(source, Task):
             return tuple(x.cpu() for x in source.example_inputs(1, torch.device("cpu")))
         if source is not None:
-            inputs, _ = next(iter(source))
+            again = next(iter(source), None)
+            if again is None:
+                raise UserMistake(
+                    f"{type(source).__name__}: yields no batch when it is gone through for the second time; give a "
+                    "DataLoader, a list or a task"
+                )
+            inputs, _ = again
             return (inputs[:1].detach().cpu().clone(),)
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else None

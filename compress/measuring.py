@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def measure_against(
     inputs = inputs_for_target(example, target)
     with DeviceGate(str(target.torch_device())).exclusive() as lease:
         session = measure_together(
-            {name: (model, inputs) for name, model in models.items()},
+            {name: (_movable(model, target), inputs) for name, model in models.items()},
             target,
             plan=Plan(max_seconds=seconds, precision=precision, seed=seed),
             against=against if len(models) > 1 else None,
@@ -81,3 +82,22 @@ def compare_on_target(
         seed=context.seed,
     )
     return session.pair("candidate", "other")
+
+
+def _movable(model: nn.Module, target: Target) -> nn.Module:
+    foreign = any(type(tensor.data) is not Tensor for tensor in (*model.parameters(), *model.buffers()))
+    return _Held(model, target) if foreign else model
+
+
+class _Held(nn.Module):
+    """A model with tensors of another package (torchao), on the target already: in inference mode, in which all is
+    measured, these cannot be moved."""
+
+    def __init__(self, model: nn.Module, target: Target):
+        super().__init__()
+        # In a tuple, so that no one finds the tensors who goes through the modules.
+        self._model = (copy.deepcopy(model).eval().to(target.torch_device(), target.torch_dtype()),)
+
+    def forward(self, *inputs: Any) -> Any:
+        """As the model."""
+        return self._model[0](*inputs)

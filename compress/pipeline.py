@@ -16,9 +16,10 @@ from compress.budgeting import Costs, fitting_passes
 from compress.data import Judge, as_batches, example_of
 from compress.measuring import count, measure_against
 from compress.origins import origin_of
+from compress.outputs import difference
 from compress.passes import parse_pass
 from compress.passes.base import Batches, Budget, Context, Loss, Pass, PassFailed, classification_loss
-from compress.result import CompressionResult, Step, difference
+from compress.result import CompressionResult, Step, why_not_savable
 from compress.structure import StructureError
 from nas.environment import describe_environment
 from nas.errors import UserMistake
@@ -49,6 +50,7 @@ def compress(
     example: Tensor | tuple[Tensor, ...] | None = None,
     origin: Mapping[str, Any] | None = None,
     measure_seconds: float = 20.0,
+    savable: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> CompressionResult:
     """Make a smaller and faster model out of ``model``, which is not changed itself.
@@ -69,11 +71,13 @@ def compress(
         example: inputs of one sample, where neither data nor model tell.
         origin: how a model of this kind is built, for saving; see ``compress.origins.origin_of``.
         measure_seconds: for the last, interleaved measurement of all steps; 0 measures no latency at all.
-        report: told what is being done, one line at a time.
+        savable: refuse, before anything is done, a model that could not be saved afterwards; else that is only said.
+        report: told what is being done, one line at a time; also which passes did not make it measurably faster.
 
     Raises:
         UserMistake: an unknown pass, an order or a model that a pass refuses, data that yields nothing, a budget that
-            cannot be met, tied weights that a pass would untie.
+            cannot be met, tied weights that a pass would untie, hooks or parametrizations, a model that cannot be
+            saved where ``savable``.
         PassFailed: a pass could not do its work: the loss became NaN, or its result gives other shapes.
     """
     run = [passes] if isinstance(passes, (str, Pass)) else list(passes)
@@ -90,6 +94,12 @@ def compress(
     inputs = (example,) if isinstance(example, Tensor) else example
     inputs = inputs or example_of(original, data.validation, data.train)
     inputs = tuple(x[:1].detach().cpu() for x in inputs)
+    start, reason = (dict(origin), None) if origin is not None else _origin_or_none(original)
+    reason = reason or why_not_savable(original, start, inputs)
+    if reason and savable:
+        raise StructureError(f"the result could not be saved: {reason}")
+    if reason:
+        tell(f"the result cannot be saved: {reason}")
     where = torch.device(device) if device is not None else place.torch_device()
     context = Context(
         example=inputs,
@@ -112,7 +122,7 @@ def compress(
         target=str(place),
         budget=None if wanted is None else str(wanted),
         example=inputs,
-        origin=dict(origin) if origin is not None else _origin_or_none(original),
+        origin=start,
         facts={"seed": seed, "epochs": epochs, "environment": describe_environment()},
     )
 
@@ -257,14 +267,20 @@ class _Pipeline:
             seconds=self._seconds,
             seed=self._context.seed,
         )
-        return [
-            replace(
-                step,
-                latency=session.results[name].to_dict(),
-                ratio=None if name == _ORIGINAL else session.pair(name, _ORIGINAL).to_dict(),
-            )
-            for name, step in zip(names, steps, strict=True)
-        ]
+        measured = _with_doubts(
+            [
+                replace(
+                    step,
+                    latency=session.results[name].to_dict(),
+                    ratio=None if name == _ORIGINAL else session.pair(name, _ORIGINAL).to_dict(),
+                )
+                for name, step in zip(names, steps, strict=True)
+            ]
+        )
+        for before, after in zip(steps, measured, strict=True):
+            for note in after.notes[len(before.notes) :]:
+                self._context.report(f"{after.name}: {note}")
+        return measured
 
 
 def _private_copy(model: nn.Module, passes: Sequence[Pass]) -> nn.Module:
@@ -289,7 +305,23 @@ def _private_copy(model: nn.Module, passes: Sequence[Pass]) -> nn.Module:
             raise UserMistake(
                 "model: some parameters are on the meta device and have no values; load its weights first"
             )
-    return copy.deepcopy(model).cpu().eval()
+    for name, module in model.named_modules():
+        if getattr(module, "_forward_hooks", None) or getattr(module, "_forward_pre_hooks", None):
+            raise UserMistake(
+                f"model: {name or 'it'} has a forward hook, which the result could not keep; remove it first"
+            )
+        if hasattr(module, "parametrizations"):
+            raise UserMistake(
+                f"model: {name or 'it'} is parametrized; make its weights plain first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+    try:
+        return copy.deepcopy(model).cpu().eval()
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise UserMistake(
+            f"model: cannot be copied ({reason}); detach the tensors that it keeps, or build it anew"
+        ) from None
 
 
 def _check_plain(model: nn.Module, one: Pass) -> None:
@@ -313,8 +345,26 @@ def _counts(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"params": found["params"], "macs": found["macs"], "uncounted": tuple(found["uncounted"])}
 
 
-def _origin_or_none(model: nn.Module) -> dict[str, Any] | None:
+def _origin_or_none(model: nn.Module) -> tuple[dict[str, Any] | None, str | None]:
+    """The origin, or why there is none: compressing needs none."""
     try:
-        return origin_of(model)
-    except StructureError:
-        return None  # saving will say so; compressing needs no origin
+        return origin_of(model), None
+    except StructureError as error:
+        return None, str(error)
+
+
+def _with_doubts(steps: Sequence[Step]) -> list[Step]:
+    """Each with a note where it was not measured to be faster than the one before it."""
+    found, before = [], {"ratio": 1.0, "low": 1.0}
+    for step in steps:
+        if step.ratio is not None:
+            now = step.ratio
+            if now["high"] >= before["low"]:
+                note = (
+                    f"not surely faster: {now['ratio']:.3f} [{now['low']:.3f}, {now['high']:.3f}] of the original's "
+                    f"time, {before['ratio']:.3f} before this pass"
+                )
+                step = replace(step, notes=(*step.notes, note))
+            before = now
+        found.append(step)
+    return found

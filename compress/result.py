@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.origins import base_of, origin_of
+from compress.outputs import relative_gap
 from compress.saved import describe, rebuild, tensors_of
 from compress.structure import StructureError
 from nas.errors import UserMistake
@@ -31,6 +31,7 @@ _DESCRIPTION = "compressed.json"
 _WEIGHTS = "weights.safetensors"
 _EXAMPLE = "example.safetensors"
 _TOLERANCE = 1e-5
+"""Of the outputs' size: the same layers computed in the same order differ by nothing."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,9 @@ class CompressionResult:
             "facts": self.facts,
         }
         write_record(directory / _DESCRIPTION, record)
-        with torch.no_grad():
-            again = load(directory, trust=trust).model(*self.example)
-            own = self.model(*self.example)
-        if difference(again, own) > _TOLERANCE:
-            raise StructureError(
-                f"{type(self.model).__name__}: built again from its description it gives other outputs; "
-                "something in it is kept in no parameter, buffer or attribute"
-            )
+        again = load(directory, trust=trust).model
+        if reason := _other_outputs(again, self.model, self.example):
+            raise StructureError(reason)
 
     def export(self, directory: str | Path) -> Path:
         """A bundle to deploy: the files of ``save``, ``model.onnx`` and ``latency.json``; see ``compress.bundle``."""
@@ -220,16 +216,34 @@ def load(directory: str | Path, *, trust: Iterable[str] = ()) -> CompressionResu
     )
 
 
-def difference(one: Any, other: Any) -> float:
-    """Largest absolute difference of two outputs (tensors, or tuples of them); infinite where shapes differ."""
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
-        return max((difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
-        return float("inf")
-    if not one.numel():
-        return 0.0
-    found = float((one.double() - other.double()).abs().max())
-    return found if found == found else float("inf")
+def why_not_savable(
+    model: nn.Module, origin: Mapping[str, Any] | None, example: tuple[Tensor, ...]
+) -> str | None:
+    """Why ``model`` as it is could not be saved and loaded again; None when it could. Nothing is written.
+
+    Args:
+        origin: as of ``compress.origins.origin_of``, which is asked where it is None.
+    """
+    try:
+        origin = origin or origin_of(model)
+        trust = [str(origin.get("class", "")).partition(":")[0]]
+        base = base_of(origin, trust)
+        with torch.random.fork_rng(devices=[]):  # making modules draws weights
+            again = rebuild(describe(model, base), base, trust).eval()
+        _fill(again, {name: x.detach() for name, x in tensors_of(model).items()}, Path("the model"))
+    except (UserMistake, CorruptFile) as error:
+        return str(error)
+    return _other_outputs(again, model, example)
+
+
+def _other_outputs(again: nn.Module, model: nn.Module, example: tuple[Tensor, ...]) -> str | None:
+    with torch.no_grad():
+        if relative_gap(again(*example), model(*example)) <= _TOLERANCE:
+            return None
+    return (
+        f"{type(model).__name__}: built again from its description it gives other outputs; "
+        "something in it is kept in no parameter, buffer or attribute"
+    )
 
 
 def check_empty(out: Path) -> None:
@@ -251,14 +265,16 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             raise CorruptFile(
                 path, f"{name} is {tuple(value.shape)} in the file, not {tuple(own[name].shape)}"
             )
+        # Copied, because in a file tensors lie anywhere, and kernels for aligned memory are faster and round otherwise.
         if leaf in owner._parameters:
             # Tied parameters come from the file as one tensor and stay one parameter.
-            learns = value.is_floating_point() or value.is_complex()
-            owner._parameters[leaf] = parameters.setdefault(
-                id(value), nn.Parameter(value, requires_grad=learns)
-            )
+            if id(value) not in parameters:
+                learns = value.is_floating_point() or value.is_complex()
+                parameters[id(value)] = nn.Parameter(value.clone(), requires_grad=learns)
+            # By setattr, because recurrent layers of torch keep a second list of their weights.
+            setattr(owner, leaf, parameters[id(value)])
         else:
-            owner._buffers[leaf] = copy.copy(value)
+            owner._buffers[leaf] = value.clone()
 
 
 def _row(step: Step) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ TRUSTED = ("torch.nn", "timm", "spaces")
 """Packages whose modules a description may name."""
 
 _INTERNAL = frozenset(vars(nn.Module()))
+_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})  # follow from the parameters
 _HOOKS = [name for name in _INTERNAL if name.endswith("_hooks")]
 
 # The smallest thing a constructor makes: sizes are attributes and shapes, which are set afterwards.
@@ -100,10 +101,11 @@ class _Describer:
         node: dict[str, Any] = {}
         if template is None or type(template) is not type(module):
             node, template = self._made(module, path)
-        if not callable(getattr(module, "config", None)):
-            node.update(_attributes(module, template, path))
+        # Tensors first: those of another package come with attributes that say less about why.
         if tensors := _tensors(module, template):
             node["tensors"] = tensors
+        if not callable(getattr(module, "config", None)):
+            node.update(_attributes(module, template, path))
         node.update(self._children(module, template, path))
         return node
 
@@ -157,8 +159,6 @@ class _Builder:
         made = self._start(node, template, path)
         for name in node.get("unset", ()):
             delattr(made, name)
-        for name, value in node.get("set", {}).items():
-            setattr(made, name, _from_json(value, getattr(made, name, None)))
         for name, facts in node.get("tensors", {}).items():
             _put_tensor(made, name, facts)
         children = node.get("children", {})
@@ -172,6 +172,9 @@ class _Builder:
         for name, child in made._modules.items():
             if child is None and node.get("order", {}).get(name):
                 raise UserMistake(f"the saved model's {_join(path, name)} is not described")
+        # Last: an attribute may have the name of a tensor or module of the base (a class token of None).
+        for name, value in node.get("set", {}).items():
+            setattr(made, name, _from_json(value, getattr(made, name, None)))
         return made
 
     def _start(self, node: Mapping[str, Any], template: nn.Module | None, path: str) -> nn.Module:
@@ -197,11 +200,12 @@ class _Builder:
 
 def _attributes(module: nn.Module, template: nn.Module, path: str) -> dict[str, Any]:
     node: dict[str, Any] = {}
-    own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
-    given = {name: value for name, value in vars(template).items() if name not in _INTERNAL}
+    hidden = _INTERNAL | (_RECURRENT if isinstance(module, nn.RNNBase) else frozenset())
+    own = {name: value for name, value in vars(module).items() if name not in hidden}
+    given = {name: value for name, value in vars(template).items() if name not in hidden}
     changed = {}
     for name, value in own.items():
-        if name in given and _same(value, given[name]):
+        if name in given and (_same(value, given[name]) or _cached(value, given[name])):
             continue
         changed[name] = _to_json(value, _join(path, name))
     if changed:
@@ -264,14 +268,21 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    if type(one) is not type(other) or isinstance(one, (Tensor, nn.Module)):
+    if type(one) is not type(other) or isinstance(one, nn.Module):
         return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if callable(one) and getattr(one, "__qualname__", 0) == getattr(other, "__qualname__", 1):
         return True
     try:
         return bool(one == other) or (vars(one) == vars(other) if hasattr(one, "__dict__") else False)
     except (RuntimeError, TypeError, ValueError):
         return False
+
+
+def _cached(value: Any, usual: Any) -> bool:
+    """Whether running the model has put tensors where a new one has none (LeViT's attention biases)."""
+    return isinstance(value, dict) and usual == {} and all(isinstance(one, Tensor) for one in value.values())
 
 
 def _to_json(value: Any, path: str) -> Any:

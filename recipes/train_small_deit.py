@@ -18,7 +18,7 @@ import torch
 
 from nas.tasks import make_task
 from nas.training import Progress, TrainConfig, train
-from nas.weights import save_weights
+from nas.weights import load_tensors, load_weights, save_weights
 
 SHAPE = {"embed_dim": 96, "depth": 6, "num_heads": 3}
 
@@ -28,6 +28,21 @@ def build(channels: int, classes: int, size: int) -> torch.nn.Module:
     patch = 2 if size <= 16 else 4 if size <= 32 else size // 8
     shape: dict[str, Any] = {**SHAPE, "patch_size": patch, "img_size": size}
     return timm.create_model("deit_tiny_patch16_224", in_chans=channels, num_classes=classes, **shape)
+
+
+def load(weights: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model in a file of ``main``, and what is written beside it; of another file, timm's DeiT-S with as many
+    classes as the file has, and its size."""
+    note = weights.with_suffix(".json")
+    if note.exists():
+        about = json.loads(note.read_text())
+        model = build(about["channels"], about["classes"], about["size"])
+    else:
+        about = {"size": 224, "data": None}
+        classes = len(load_tensors(weights)[0]["head.weight"])
+        model = timm.create_model("deit_small_patch16_224", num_classes=classes)
+    load_weights(model, weights)
+    return model, about
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ Other distributions add theirs through the entry-point group ``compress.passes``
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,7 +60,8 @@ def make_pass(name: str, **options: Any) -> Pass:
 def parse_pass(text: str) -> Pass:
     """A pass written as text: ``name`` or ``name:option=value,option=value``.
 
-    Values are read as YAML: ``0.5``, ``true``, ``null``, ``[3, 6, 9]``; commas within brackets do not separate.
+    Values are read as YAML: ``0.5``, ``1e-3``, ``true``, ``null``, ``[3, 6, 9]``; commas within brackets do not
+    separate.
 
     Raises:
         UserMistake: an unknown pass or option, or text of another form.
@@ -74,12 +76,21 @@ def parse_pass(text: str) -> Pass:
                 f"pass {text!r}: {piece!r} is not option=value, or is given twice; write name:option=value,option=value"
             )
         try:
-            options[key] = yaml.safe_load(value)
+            options[key] = yaml.load(value, _Values)  # noqa: S506  # a SafeLoader
         except yaml.YAMLError:
             raise UserMistake(
                 f"pass {text!r}: the value of {key!r} cannot be read; quote it as YAML"
             ) from None
     return make_pass(name.strip().replace("-", "_"), **options)
+
+
+class _Values(yaml.SafeLoader):
+    """YAML 1.1, but ``1e-3`` is a number as everywhere else (YAML 1.2); there it would need a dot and a sign."""
+
+
+_Values.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
+)
 
 
 def _pieces(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from compress.passes._reparameterize_graph import twin_of
 from compress.structure import StructureError
 from spaces.layers.series_activation import SeriesActivation
 from spaces.vision._vanillanet_merging import CONVOLUTIONS, NORMS, why_not_foldable, why_not_mergeable
@@ -124,7 +125,7 @@ def find_pairs(model: nn.Module, example: Sequence[Tensor]) -> Found:
     search = _Search(model, example)
     pairs: list[Pair] = []
     refused: dict[str, str] = {}
-    for prefix, graph in _graphs(model, ""):
+    for prefix, graph in _graphs(twin_of(model), ""):
         for node in graph.nodes:
             name = _name(prefix, node)
             if node.op == "call_module" and is_activation(search.modules[name]):

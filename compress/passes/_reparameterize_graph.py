@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from compress.passes._reparameterize_algebra import Branch, is_norm
 
-__all__ = ["Calls", "Chain", "branches_of", "follows", "scopes"]
+__all__ = ["Calls", "Chain", "branches_of", "follows", "scopes", "twin_of"]
 
 _PASSENGERS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -86,12 +86,15 @@ class _Tracer(fx.Tracer):
         return m in self._closed or is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
 
+def twin_of(module: nn.Module) -> nn.Module:
+    """A copy with the same tensors, to be traced: tracing runs a model's own code, which may leave things behind."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+
+
 def scopes(model: nn.Module) -> Iterator[Scope]:
     """The largest parts of the model that can be traced, each with what lies within; untraceable ones are leaves of
     their parent where that can be traced around them."""
-    # Tracing runs the model's own code on stand-ins, which may leave things behind.
-    twin = copy.deepcopy(model)
-    yield from _scopes(twin, "", set())
+    yield from _scopes(twin_of(model), "", set())
 
 
 def _scopes(module: nn.Module, name: str, closed: set[nn.Module]) -> list[Scope]:
@@ -167,7 +170,7 @@ def _input(node: fx.Node) -> fx.Node | None:
 
 def branches_of(module: nn.Module) -> Chain | None:
     """The module as a chain around one sum, or None where it is not proven to be one."""
-    graph = _traced(module, set())
+    graph = _traced(twin_of(module), set())
     if graph is None:
         return None
     nodes = list(graph.nodes)

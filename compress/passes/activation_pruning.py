@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.finetune import finetune
+from compress.outputs import relative_gap
 from compress.passes import register_pass
 from compress.passes._activation_pairs import Found, Pair, find_pairs, is_identity, run
 from compress.passes._activation_training import AnnealedBatches, Fading
@@ -283,10 +284,9 @@ def _moved(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _compare(outputs: Tensor, expected: Tensor) -> None:
     """Rounding apart, merging changes nothing; a model that reads its layers from outside would show here."""
-    allowed = 1e4 * torch.finfo(expected.dtype).eps * max(1.0, float(expected.abs().max()))
-    difference = float((outputs - expected).abs().max())
-    if not difference <= allowed:
+    gap = relative_gap(outputs, expected)
+    if not gap <= 1e4 * torch.finfo(expected.dtype).eps:
         raise PassFailed(
-            f"activation_pruning: the merged model's outputs differ by {difference:.3g} from the unmerged one's; "
-            "its layers are read outside of their own forward pass, choose others by layers="
+            f"activation_pruning: the merged model's outputs differ by {gap:.3g} of their size from the unmerged "
+            "one's; its layers are read outside of their own forward pass, choose others by layers="
         )

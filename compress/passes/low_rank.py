@@ -58,7 +58,7 @@ class LowRank(Pass):
     cannot_precede: Mapping[str, str] = MappingProxyType(
         {
             "widths": "factorised layers have no units of their own to cut any more; cut widths first",
-            "tokens": "blocks with factorised layers are not recognised any more; change tokens first",
+            "tokens": "blocks with factorised layers are not recognised any more; change tokens first, low_rank behind",
         }
     )
 

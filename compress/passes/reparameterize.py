@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.outputs import relative_gap
 from compress.passes import register_pass
 from compress.passes._reparameterize_algebra import fold_norm, foldable, in_sequence, parallel
 from compress.passes._reparameterize_graph import Calls, branches_of, follows, scopes
@@ -19,7 +20,7 @@ from nas.errors import UserMistake
 
 __all__ = ["Reparameterize"]
 
-_EXACT = 1e-4
+_EXACT = 1e-3
 _OWN_METHODS = ("fuse", "reparameterize", "switch_to_deploy")
 
 
@@ -93,7 +94,7 @@ class Reparameterize(Pass):
                 f"{type(model).__name__}: nothing to merge: no batch norm proven to follow a convolution or Linear, no "
                 "module that is a sum of convolutions of one input, no cheaper merger of linear layers in sequence"
             )
-        _same_or_fail(_gap(_outputs(result, example), wanted))
+        _same_or_fail(relative_gap(_outputs(result, example), wanted))
         context.report("merged: " + ", ".join(f"{number} {kind}" for kind, number in done.items() if number))
         return result
 
@@ -179,7 +180,7 @@ def _merge_branches(model: nn.Module, example: tuple[Tensor, ...], wanted: Any, 
             continue
         _put(model, names[module], nn.Sequential(*chain.before, made, *chain.after).eval())
         try:
-            _same_or_fail(_gap(_outputs(model, example), wanted))
+            _same_or_fail(relative_gap(_outputs(model, example), wanted))
             done += 1
         except (PassFailed, AttributeError):
             # Somebody uses more of the module than its forward: it stays.
@@ -203,17 +204,6 @@ def _put(model: nn.Module, names: list[str], module: nn.Module) -> None:
 @torch.no_grad()
 def _outputs(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
     return model(*example)
-
-
-def _gap(found: Any, wanted: Any) -> float:
-    """Largest difference relative to the largest value."""
-    if isinstance(wanted, Tensor):
-        if not isinstance(found, Tensor) or found.shape != wanted.shape:
-            return float("inf")
-        return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
-    if isinstance(wanted, Mapping):
-        wanted, found = list(wanted.values()), list(found.values())
-    return max((_gap(a, b) for a, b in zip(found, wanted, strict=True)), default=0.0)
 
 
 def _same_or_fail(gap: float) -> None:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from torch import nn
 
 from compress.finetune import finetune
+from compress.outputs import require_same
 from compress.passes import register_pass
 from compress.passes.base import Context, Pass
 from compress.structure import StructureError, recognise
@@ -23,6 +24,12 @@ from spaces.layers.token_merging import TokenMergingBlocks
 __all__ = ["TokenMerging", "schedule"]
 
 _TAKEN_APART = "its blocks use the parts of qkv, which that pass replaces; put token_merging behind it"
+
+
+_NO_PLAIN_BLOCKS = (
+    "tokens cannot be merged within its blocks: they are no plain pre-norm attention and MLP, or are called with more "
+    "than the tokens"
+)
 
 
 @register_pass("token_merging")
@@ -40,7 +47,7 @@ class TokenMerging(Pass):
     """
 
     changes = frozenset({"tokens"})
-    cannot_precede = MappingProxyType(dict.fromkeys(("ofb", "ranks"), _TAKEN_APART))
+    cannot_precede = MappingProxyType({"ofb": _TAKEN_APART})
 
     def __init__(
         self,
@@ -106,7 +113,10 @@ class TokenMerging(Pass):
             raise StructureError("has no position table that tells the number of patches")
         amounts = self._amounts(len(structure.blocks), patches + structure.prefix, structure.prefix)
         members = list(structure.container.children())
-        result.blocks = TokenMergingBlocks(amounts, structure.prefix, self.proportional, members).eval()
+        blocks = TokenMergingBlocks((), structure.prefix, self.proportional, members).eval()
+        result.blocks = blocks
+        require_same(result, model, context.example, _NO_PLAIN_BLOCKS)
+        blocks.amounts = tuple(amounts)
         context.report(f"pairs merged in each block: {', '.join(map(str, amounts))}")
         epochs = context.epochs if self.epochs is None else self.epochs
         finetune(

@@ -266,6 +266,33 @@ def test_mistakes_in_options(options: dict[str, Any], match: str) -> None:
         make_pass("low_rank", **options)
 
 
+@pytest.mark.parametrize("before", ["token_merging:r=3", "class_token_last_block"])
+@pytest.mark.parametrize("qkv", ["one", "three"])
+def test_behind_the_passes_that_change_tokens(before: str, qkv: str, tmp_path: Path) -> None:
+    """At full rank the factorised layers are the layers, so the outputs must be those of the first pass alone."""
+    model = small_vit()
+    alone = compress(model, before, example=X[:1], measure_seconds=0).model
+    full = make_pass("low_rank", rank=3 * 48, keep="anyway", least=4, qkv=qkv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "cheaper_below", lambda layer: 10**6)  # full rank is dearer
+        whole: Any = compress(model, [before, full], example=X[:1], measure_seconds=0).model
+    assert isinstance(whole.blocks[0].attn.qkv, LowRankLinear if qkv == "one" else SplitLowRankLinear)
+    assert isinstance(whole.blocks[1].mlp.fc1, LowRankLinear)
+    with torch.no_grad():
+        gap = (whole(X) - alone(X)).abs().max() / alone(X).abs().max()
+    assert gap < 1e-4
+    thin = compress(
+        model,
+        [before, f"low_rank:rank=8,keep=anyway,least=4,qkv={qkv}"],
+        example=X[:1],
+        measure_seconds=0,
+    )
+    assert thin.final.macs < 0.7 * thin.steps[1].macs
+    again = load(thin.save(tmp_path / "saved")).model
+    with torch.no_grad():
+        assert torch.equal(again(X), thin.model(X))
+
+
 def test_order_and_data() -> None:
     with pytest.raises(UserMistake, match="cut widths first"):
         compress(small_vit(), ["low_rank", "structured"], measure_seconds=0)

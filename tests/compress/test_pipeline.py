@@ -253,3 +253,114 @@ def test_costs_without_a_budget_say_so() -> None:
     context = Context(example=(torch.randn(1, 3, 32, 32),))
     costs = Costs(small_vit(), {"params": 1, "macs": 2, "uncounted": []}, context, 0)
     assert costs.original() == {"params": 1.0, "macs": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), ("2E+2", 200.0), ("1.5e-4", 0.00015), ("-3e1", -30.0), ("7", 7)]
+)
+def test_numbers_with_exponents_are_numbers(text: str, value: float) -> None:
+    parsed: Any = parse_pass(f"ofb:learning_rate=1,cost_weight={text.lstrip('-')}")
+    assert parsed.cost_weight == abs(value)
+    assert type(parsed.cost_weight) is type(value)
+    listed: Any = parse_pass(f"structured:units=[mlp],learning_rate={text}")
+    assert listed.learning_rate == value
+    quoted: Any = parse_pass("low_rank:only='1e-3'")
+    assert quoted.only == ("1e-3",)
+
+
+TRAINED = {
+    "structured:epochs=1": "structured",
+    "low_rank:keep=anyway,least=8,calibrate=false,epochs=1": "low_rank",
+    "token_merging:r=2,epochs=1": "token_merging",
+    "activation_pruning:epochs=1": "activation_pruning",
+    "sit:epochs=1": "sit",
+    "ofb:epochs=1,importance=magnitude": "ofb",
+}
+
+
+@pytest.mark.parametrize("text", TRAINED)
+def test_nan_in_the_training_of_every_pass(text: str) -> None:
+    def loss(outputs: Any, labels: Tensor) -> Tensor:
+        found = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+        return found.sum() * float("nan")
+
+    with pytest.raises(PassFailed, match=rf"pass '{TRAINED[text]}'.*: .*nan.*lower"):
+        compress(small_vit(), text, train=batches(1), loss=loss, **QUICK)
+
+
+@pytest.mark.parametrize("text", TRAINED)
+def test_a_budget_out_of_reach_of_every_pass(text: str) -> None:
+    with pytest.raises(
+        UserMistake, match=r"budget .*(cannot be met|out of reach).*(allow more|raise the budget)"
+    ):
+        compress(small_vit(), text, train=batches(1), budget="macs=0.002", **QUICK)
+
+
+@pytest.mark.parametrize("text", TRAINED)
+def test_tied_weights_and_every_pass(text: str) -> None:
+    model: Any = small_vit()
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    if parse_pass(text).changes <= {"tokens"}:
+        made: Any = compress(model, text, train=batches(1), **QUICK).model
+        one, other = [block.mlp.fc1.weight for block in made.blocks if hasattr(block, "mlp")][:2]
+        assert one is other
+    else:
+        with pytest.raises(
+            UserMistake, match=rf"are one tensor \(tied weights\), which pass '{TRAINED[text]}'"
+        ):
+            compress(model, text, train=batches(1), **QUICK)
+
+
+class _Drains:
+    """Can be gone through once, although it looks as if it could be again and again."""
+
+    def __init__(self) -> None:
+        self._rest = iter(batches(1))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._rest
+
+
+@pytest.mark.parametrize("text", TRAINED)
+def test_a_loader_that_runs_dry(text: str) -> None:
+    with pytest.raises((UserMistake, PassFailed), match=r"no batch|nothing|yield"):
+        compress(small_vit(), text, train=_Drains(), **QUICK)
+
+
+def test_hooks_and_parametrizations_are_refused_before_anything_is_done() -> None:
+    model: Any = small_vit()
+    handle = model.blocks[1].register_forward_hook(lambda *given: None)
+    with pytest.raises(UserMistake, match=r"model: blocks\.1 has a forward hook, .* remove it first"):
+        compress(model, "structured", **QUICK)
+    handle.remove()
+    torch.nn.utils.parametrizations.weight_norm(model.head)
+    with pytest.raises(UserMistake, match=r"model: head is parametrized; make its weights plain"):
+        compress(model, "structured", **QUICK)
+    kept: Any = small_vit()
+    kept.last = kept.head.weight * 2
+    with pytest.raises(UserMistake, match="model: cannot be copied"):
+        compress(kept, "structured", **QUICK)
+
+
+def test_a_pass_that_does_not_make_it_faster_says_so() -> None:
+    from compress.pipeline import _with_doubts
+    from compress.result import Step
+
+    def step(name: str, low: float, high: float) -> Step:
+        return Step(
+            name, 1, 1, ratio={"ratio": (low + high) / 2, "low": low, "high": high}, notes=("before",)
+        )
+
+    steps = [
+        Step("original", 1, 1),
+        step("faster", 0.7, 0.8),
+        step("as before", 0.69, 0.79),
+        step("faster again", 0.5, 0.6),
+        step("slower", 0.9, 1.1),
+    ]
+    found = _with_doubts(steps)
+    assert [len(one.notes) for one in found] == [0, 1, 2, 1, 2]
+    assert found[2].notes[1] == (
+        "not surely faster: 0.740 [0.690, 0.790] of the original's time, 0.750 before this pass"
+    )
+    assert found[4].notes[1].endswith("0.550 before this pass")

@@ -187,3 +187,77 @@ def test_a_place_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     with pytest.raises(UserMistake, match="not an empty directory"):
         squeezed(small_vit(), "structured").save(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["structured", "low_rank:keep=anyway,rank=8", "token_merging:r=2"])
+def test_a_model_without_a_class_token(text: str, tmp_path: Path) -> None:
+    """What is None in the model may be a parameter in the base, and the other way round."""
+    model: Any = small_vit(
+        class_token=False, global_pool="avg", pos_embed="none" if "low" in text else "learn"
+    )
+    result = squeezed(model, text, example=X[:1], savable=True)
+    again: Any = load(result.save(tmp_path / "saved")).model
+    assert again.cls_token is None
+    with torch.no_grad():
+        assert torch.equal(again(X), result.model(X))
+    base: Any = small_vit(class_token=False, global_pool="avg")
+    back: Any = rebuild(describe(small_vit(), base), base)
+    assert isinstance(back.cls_token, nn.Parameter)
+
+
+@pytest.mark.parametrize(
+    ("size", "change", "fits"), [(1e-6, 1e-2, False), (1e6, 1e-6, True), (1.0, 1e-3, False)]
+)
+def test_the_check_goes_by_the_size_of_the_outputs(
+    size: float, change: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import result as module
+
+    model: Any = small_vit()
+    with torch.no_grad():
+        model.head.weight *= size
+        model.head.bias *= size
+    made = squeezed(model, "structured")
+
+    def changed(place: Any, **options: Any) -> Any:
+        found: Any = load(place, **options)
+        with torch.no_grad():
+            found.model.head.weight *= 1 + change
+            found.model.head.bias *= 1 + change
+        return found
+
+    monkeypatch.setattr(module, "load", changed)
+    if fits:
+        made.save(tmp_path / "saved")
+    else:
+        with pytest.raises(StructureError, match="built again from its description it gives other outputs"):
+            made.save(tmp_path / "saved")
+        assert list(tmp_path.iterdir()) == []
+
+
+class Recurrent(nn.Module):
+    """torch's recurrent layers keep a second list of their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(96, 24, batch_first=True)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(
+            self.rnn(x.flatten(2).transpose(1, 2).reshape(len(x), -1, 96))[0][:, -1]
+        )
+        return out
+
+
+def test_recurrent_layers(tmp_path: Path) -> None:
+    result = squeezed(Recurrent().eval(), "low_rank:keep=anyway,least=4,rank=2", example=X[:1], savable=True)
+    again = load(result.save(tmp_path / "saved"), trust=["tests"]).model
+    with torch.no_grad():
+        assert torch.equal(again(X), result.model(X))
+
+
+def test_loaded_tensors_lie_where_kernels_are_fast(tmp_path: Path) -> None:
+    """In a file they lie anywhere; from there the same layers round otherwise and are slower."""
+    model = load(squeezed(small_vit(), "structured").save(tmp_path / "saved")).model
+    assert {tensor.data_ptr() % 64 for tensor in model.parameters()} == {0}

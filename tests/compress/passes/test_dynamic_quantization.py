@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from compress import compress
 from compress.measuring import count
 from compress.passes import dynamic_quantization, make_pass
 from compress.passes.base import Context
+from compress.structure import StructureError
 from nas.errors import UserMistake
 from nas.latency import Pair, Target
 from spaces.layers.int8_linear import DynamicInt8Linear
@@ -68,7 +72,8 @@ def test_kernel_and_its_form_in_floats_agree_and_copies_work() -> None:
     assert torch.equal(copy.deepcopy(quantised)(x), quantised(x))
 
 
-def test_targets_without_the_kernels_are_refused() -> None:
+def test_targets_without_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserMistake, match="needs torchao, which is not installed"):
         make_pass("dynamic_quantization").apply(
             small_vit(), CONTEXT.with_changes(target=Target.parse("cuda"))
@@ -77,3 +82,31 @@ def test_targets_without_the_kernels_are_refused() -> None:
         make_pass("dynamic_quantization").apply(
             small_vit(), CONTEXT.with_changes(target=Target.parse("cpu:1+bf16"))
         )
+
+
+@pytest.mark.slow
+def test_torchao_where_it_is_installed(tmp_path: Path) -> None:
+    """On a CPU it is no faster than floats, so that it would not stay; it must come to that conclusion by itself."""
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    model, told = small_vit(), list[str]()
+    context = CONTEXT.with_changes(report=told.append)
+    x = CONTEXT.example[0]
+    made: Any = make_pass("dynamic_quantization", backend="torchao", keep_anyway=True).apply(model, context)
+    with torch.no_grad():
+        gap = (made(x) - model(x)).abs().max() / model(x).abs().max()
+    assert 0 < gap < 0.1
+    assert type(made.blocks[0].mlp.fc1.weight.data) is not torch.Tensor
+    assert type(made.head.weight.data) is torch.Tensor
+    result = compress(
+        model, "dynamic_quantization:backend=torchao,keep_anyway=true", example=x, measure_seconds=2
+    )
+    assert result.final.ratio is not None
+    with pytest.raises(
+        StructureError, match="a tensor of another package, which cannot be saved; save the model from"
+    ):
+        result.save(tmp_path / "saved")
+    stayed: Any = make_pass("dynamic_quantization", backend="torchao", seconds=2.0).apply(model, context)
+    kept = "kept" in told[-1]
+    assert kept or "the model stays as it was" in told[-1]
+    assert (type(stayed.blocks[0].mlp.fc1.weight.data) is torch.Tensor) == (not kept)

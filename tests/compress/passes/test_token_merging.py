@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import Tensor, nn
 
 from compress.passes import make_pass, parse_pass
 from compress.passes.base import Context
 from compress.passes.token_merging import schedule
 from compress.structure import StructureError
 from nas.errors import UserMistake
+from spaces.layers.class_token_block import ClassTokenBlock
 from spaces.layers.token_merging import match_tokens
 from tests.compress.models import set_fused, small_vit
 
@@ -119,3 +121,40 @@ def test_mistakes() -> None:
     once = make_pass("token_merging", r=2)
     with pytest.raises(StructureError, match="merged already"):
         once.apply(once.apply(small_vit(), CONTEXT), CONTEXT)
+
+
+class _Doubling(Block):
+    """A user's block: the parts of timm's, and something else done with them."""
+
+    def forward(self, x: Tensor, *given: Any, **others: Any) -> Tensor:
+        made: Tensor = super().forward(x, *given, **others)
+        return made + x
+
+
+@pytest.mark.parametrize("name", ["token_merging", "class_token_last_block"])
+def test_blocks_that_only_look_like_the_usual_ones_are_refused(name: str) -> None:
+    with pytest.raises(StructureError, match=r"no plain .* \(the outputs change by"):
+        make_pass(name).apply(small_vit(block_fn=_Doubling), CONTEXT)
+
+
+@pytest.mark.parametrize("name", ["token_merging", "class_token_last_block"])
+def test_norms_behind_attention_are_refused(name: str) -> None:
+    with pytest.raises(StructureError, match=r"has no 'ls1'|no plain one"):
+        make_pass(name).apply(small_vit(block_fn=ResPostBlock, init_values=0.1), CONTEXT)
+
+
+@pytest.mark.parametrize("name", ["token_merging", "class_token_last_block"])
+def test_blocks_that_get_more_than_the_tokens_are_refused(name: str) -> None:
+    model: Any = small_vit()
+    model.blocks = _Twice(*model.blocks)
+    with pytest.raises(StructureError, match=r"no plain"):
+        make_pass(name).apply(model, CONTEXT)
+
+
+class _Twice(nn.Sequential):
+    """Gives each block a word besides the tokens, as models with rotary positions do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, rope=None) if isinstance(block, ClassTokenBlock) else block(x) * 1.1
+        return x
