@@ -30,7 +30,7 @@ def compress(
         [],
         "--pass",
         metavar="PASS",
-        help="name or name:option=value,...; again for the next one. See --list.",
+        help="name or name:option=value,...; again for the next one. Left out, all names are said.",
     ),
     weights: Path | None = typer.Option(
         None, help="A checkpoint for the model: .safetensors, or a state dict."
@@ -81,6 +81,7 @@ def compress(
         example=inputs if lesson is None else None,
         origin=_origin(model),
         measure_seconds=measure_seconds,
+        savable=out is not None,
         report=lambda line: console.print(Text(line, style="dim"), soft_wrap=True),
     )
     _print(console, result)
