@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def build(record: dict[str, Any], given: argparse.Namespace, until: float) -> No
 def outcome(name: str, text: str, place: Path) -> dict[str, Any]:
     """What the pass does to the model, with figures, or the sentence of its refusal."""
     started = time.perf_counter()
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped between saving and noting it
     model = original(name)
     generator = torch.Generator().manual_seed(1)
     size = model.default_cfg["input_size"]  # type: ignore[index]

@@ -5,9 +5,11 @@
 One thread of a CPU. Each method measures all models in two sessions, while ``--load`` processes switch between working
 and resting at random; the sessions of the methods alternate. Compared are the two sessions of each method: Kendall tau
 and the median relative difference. Ours keeps the reference's time of its first session as the scale of both, as a
-search does; the others' figures are as they come. The methods are ours (with what priority the system grants, and with
-none), ``torch.utils.benchmark``'s blocked_autorange, the way of timm's benchmark script (10 warm-up calls, mean of 40)
-and a plain mean of 100 calls.
+search does; the others' figures are as they come. Every session runs in a fresh process, as two commands typed minutes
+apart do: a process that has worked for long runs models of a millisecond some per cent slower.
+
+The methods are ours (with what priority the system grants, and with none), ``torch.utils.benchmark``'s
+blocked_autorange, the way of timm's benchmark script (10 warm-up calls, mean of 40) and a plain mean of 100 calls.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +53,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    models = build(given.models, given.seed)
     scales = Path(tempfile.mkdtemp(prefix="latency-repeat-"))
-    methods: dict[str, Callable[[Models], tuple[dict[str, float], dict[str, Any]]]] = {
-        "ours": lambda m: ours(m, given.seconds, "auto", scales / "auto.json"),
-        "ours, without priority": lambda m: ours(m, given.seconds, "off", scales / "off.json"),
-        "blocked_autorange": lambda m: each(m, blocked_autorange),
-        "timm (mean of 40)": lambda m: each(m, lambda f, x: mean_of(f, x, 10, 40)),
-        "mean of 100": lambda m: each(m, lambda f, x: mean_of(f, x, 1, 100)),
-    }
-    found: dict[str, Any] = {name: {"sessions": [], "seconds": [], "facts": []} for name in methods}
+    found: dict[str, Any] = {name: {"sessions": [], "seconds": [], "facts": []} for name in METHODS}
     with load(given.load, given.seed):
         for session in range(2):
-            for name, method in methods.items():
-                began = time.perf_counter()
-                times, facts = method(models)
+            for name in METHODS:
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                    times, facts, seconds = fresh.submit(
+                        one_session, name, given.models, given.seed, given.seconds, scales
+                    ).result()
                 found[name]["sessions"].append(times)
-                found[name]["seconds"].append(round(time.perf_counter() - began, 1))
+                found[name]["seconds"].append(round(seconds, 1))
                 found[name]["facts"].append(facts)
                 print(
                     f"session {session + 1}: {name}: {found[name]['seconds'][-1]} s, load {os.getloadavg()[0]:.1f}"
@@ -80,11 +77,22 @@ def main() -> None:
         command = f"python -m recipes.benchmarks.latency_repeat --load {given.load} --seed {given.seed}"
         known[f"load {given.load}"] = {
             "command": command,
-            "models": list(models),
+            "models": list(found["ours"]["sessions"][0]),
             "methods": found,
             "environment": describe_environment(),
         }
         atomic_write_json(given.out, known)
+
+
+def one_session(
+    name: str, count: int, seed: int, seconds: float, scales: Path
+) -> tuple[dict[str, float], dict[str, Any], float]:
+    """Milliseconds by model, facts and the seconds that it took, in the process that calls it."""
+    torch.set_num_threads(1)
+    models = build(count, seed)
+    began = time.perf_counter()
+    times, facts = METHODS[name](models, seconds, scales)
+    return times, facts, time.perf_counter() - began
 
 
 def build(count: int, seed: int) -> Models:
@@ -194,6 +202,15 @@ def work_and_rest(seed: int) -> None:
             else:
                 b.clone()
         time.sleep(rng.uniform(0.0, 3.0))
+
+
+METHODS: dict[str, Callable[[Models, float, Path], tuple[dict[str, float], dict[str, Any]]]] = {
+    "ours": lambda m, seconds, scales: ours(m, seconds, "auto", scales / "auto.json"),
+    "ours, without priority": lambda m, seconds, scales: ours(m, seconds, "off", scales / "off.json"),
+    "blocked_autorange": lambda m, seconds, scales: each(m, blocked_autorange),
+    "timm (mean of 40)": lambda m, seconds, scales: each(m, lambda f, x: mean_of(f, x, 10, 40)),
+    "mean of 100": lambda m, seconds, scales: each(m, lambda f, x: mean_of(f, x, 1, 100)),
+}
 
 
 if __name__ == "__main__":

@@ -205,10 +205,9 @@ def tune(candidates: int, workers: int, seconds: float, controller: str | None) 
 SIDES = {"ours": ours, "tune": tune}
 
 
-def cases(quick: bool) -> list[dict[str, Any]]:
+def cases(quick: bool, sizes: list[int]) -> list[dict[str, Any]]:
     """Side, candidates, workers, seconds and controller of each case."""
     rounds = 4 if quick else 10
-    sizes = (8, 32) if quick else (8, 32, 128)
     found: list[dict[str, Any]] = [
         {
             "side": side,
@@ -246,7 +245,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="fewer candidates, and no case with 128 workers")
+    parser.add_argument("--quick", action="store_true", help="fewer candidates")
+    parser.add_argument("--workers", type=int, nargs="+", default=[8, 32, 128], help="one case each and side")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -255,12 +255,18 @@ def main() -> None:
         arguments.out.write_text(json.dumps(found), encoding="utf-8")
         return
     found = []
-    for case in cases(arguments.quick):
+    for case in cases(arguments.quick, arguments.workers):
         load = statistics.mean(os.getloadavg()[:1])
         found.append({"load_before": round(load, 2), **run_case(case)})
         shown = {key: value for key, value in found[-1].items() if key != "driver_memory_mb"}
         print(json.dumps(shown), flush=True)
-    result = {"quick": arguments.quick, "environment": describe_environment(), "cases": found}
+    result = {
+        "command": "python -m recipes.benchmarks.ray_throughput --workers "
+        + " ".join(map(str, arguments.workers))
+        + (" --quick" if arguments.quick else ""),
+        "environment": describe_environment(),
+        "cases": found,
+    }
     atomic_write_json(arguments.out, result)
 
 
