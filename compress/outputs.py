@@ -18,27 +18,37 @@ _EXACT = 1e-3
 
 
 def difference(one: Any, other: Any) -> float:
-    """Largest absolute difference of two outputs (tensors, tuples or dicts of them); infinite where shapes differ, and
-    for NaN."""
+    """Largest absolute difference of two outputs (tensors, None, tuples or dicts of them); infinite where shapes or
+    keys differ, and for NaN. Infinities of one sign are equal."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if one.keys() != other.keys():
+            return float("inf")
+        return max((difference(value, other[key]) for key, value in one.items()), default=0.0)
+    if one is None and other is None:
+        return 0.0
     first, second = _parts(one), _parts(other)
     if first is not None and second is not None:
         if len(first) != len(second):
             return float("inf")
-        return max((difference(a, b) for a, b in zip(first, second, strict=True)), default=0.0)
+        return max((difference(*two) for two in zip(first, second, strict=True)), default=0.0)
     if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
         return float("inf")
     if not one.numel():
         return 0.0
-    found = float((one.double() - other.double()).abs().max())
+    a, b = _wide(one), _wide(other).to(one.device)
+    found = float((a - b).abs().masked_fill(a == b, 0.0).max())
     return found if found == found else float("inf")
 
 
 def size_of(outputs: Any) -> float:
-    """Largest absolute value of outputs: what differences are measured by."""
-    parts = _parts(outputs)
+    """Largest finite absolute value of outputs: what differences are measured by."""
+    parts = list(outputs.values()) if isinstance(outputs, Mapping) else _parts(outputs)
     if parts is not None:
         return max((size_of(one) for one in parts), default=0.0)
-    return float(outputs.detach().abs().max()) if isinstance(outputs, Tensor) and outputs.numel() else 0.0
+    if not isinstance(outputs, Tensor):
+        return 0.0
+    values = _wide(outputs).abs()
+    return float(values[values.isfinite()].max()) if values.isfinite().any() else 0.0
 
 
 def relative_gap(found: Any, wanted: Any) -> float:
@@ -74,6 +84,8 @@ def require_same(result: nn.Module, model: nn.Module, inputs: Sequence[Tensor], 
 
 
 def _parts(outputs: Any) -> list[Any] | None:
-    if isinstance(outputs, Mapping):
-        return list(outputs.values())
     return list(outputs) if isinstance(outputs, (tuple, list)) else None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.detach().to(torch.complex128 if x.is_complex() else torch.float64)

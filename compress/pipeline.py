@@ -318,7 +318,7 @@ def _private_copy(model: nn.Module, passes: Sequence[Pass]) -> nn.Module:
     try:
         return copy.deepcopy(model).cpu().eval()
     except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:150]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise UserMistake(
             f"model: cannot be copied ({reason}); detach the tensors that it keeps, or build it anew"
         ) from None

@@ -32,6 +32,8 @@ _WEIGHTS = "weights.safetensors"
 _EXAMPLE = "example.safetensors"
 _TOLERANCE = 1e-5
 """Of the outputs' size: the same layers computed in the same order differ by nothing."""
+_NOT_BUILT = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+"""What constructors raise that are given what does not fit."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def load(directory: str | Path, *, trust: Iterable[str] = ()) -> CompressionResu
     trust = [name for name in trust if name]
     try:
         model = rebuild(record["structure"], base_of(record["origin"], trust), trust)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except _NOT_BUILT as error:
         if isinstance(error, UserMistake):
             raise
         raise UserMistake(f"{path}: cannot be built here ({type(error).__name__}: {error})") from None
@@ -233,15 +235,23 @@ def why_not_savable(
         _fill(again, {name: x.detach() for name, x in tensors_of(model).items()}, Path("the model"))
     except (UserMistake, CorruptFile) as error:
         return str(error)
+    except _NOT_BUILT as error:
+        return f"{type(model).__name__}: cannot be built again ({type(error).__name__}: {error})"
     return _other_outputs(again, model, example)
 
 
 def _other_outputs(again: nn.Module, model: nn.Module, example: tuple[Tensor, ...]) -> str | None:
+    """Why ``again``, built from the description of ``model``, is not the same; None when it is."""
+    found = "gives other outputs"
     with torch.no_grad():
-        if relative_gap(again(*example), model(*example)) <= _TOLERANCE:
-            return None
+        wanted = model(*example)
+        try:
+            if relative_gap(again(*example), wanted) <= _TOLERANCE:
+                return None
+        except Exception as error:  # a model without something that it kept fails in any way
+            found = f"does not run ({type(error).__name__}: {error})"
     return (
-        f"{type(model).__name__}: built again from its description it gives other outputs; "
+        f"{type(model).__name__}: built again from its description it {found}; "
         "something in it is kept in no parameter, buffer or attribute"
     )
 

@@ -60,11 +60,11 @@ class Site:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every feed-forward network of the model, in the order of its modules; those that are split already too."""
+    """Every feed-forward network within the model (not itself), in the order of its modules; split ones too."""
     return [
         Site(name, module, kind)
         for name, module in model.named_modules()
-        if (kind := _kind(module)) is not None
+        if name and (kind := _kind(module)) is not None
     ]
 
 

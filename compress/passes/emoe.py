@@ -180,7 +180,8 @@ class Emoe(Pass):
         """Networks with their N and k."""
         if not sites:
             raise StructureError(
-                f"{kind}: no feed-forward network of plain nn.Linear layers (fc1, act, fc2; or fc1_g, fc1_x, act, fc2)"
+                f"{kind}: within it is no feed-forward network of plain nn.Linear layers "
+                "(fc1, act, fc2; or fc1_g, fc1_x, act, fc2)"
             )
         chosen = self._positions(len(sites))
         counts = _each(self.experts, len(chosen), "experts")

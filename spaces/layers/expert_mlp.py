@@ -199,7 +199,9 @@ class Experts(nn.Module, ABC):
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Experts of each token, best first, (T, k), and their weights (T, k); None where all are 1."""
-        scores, chosen = logits.softmax(dim=1).topk(self.k, dim=1)
+        # Not those of the softmax: where one expert is far ahead, the others' are all 0.
+        chosen = logits.topk(self.k, dim=1).indices
+        scores = logits.softmax(dim=1).gather(1, chosen)
         weights: Tensor | None = None
         if self.kind == "learned":
             weights = scores * (self.total / scores.sum(dim=1, keepdim=True))
@@ -241,7 +243,11 @@ class Experts(nn.Module, ABC):
         return self.dim + self.out
 
     def _masked(self, hidden: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
-        ones = hidden.new_ones(()).expand(chosen.shape) if weights is None else weights
+        ones = (
+            hidden.new_ones(()).expand(chosen.shape)
+            if weights is None
+            else weights.to(hidden.dtype)  # autocast
+        )
         mask = torch.zeros_like(hidden[:, : self.experts]).scatter(1, chosen, ones)
         kept = hidden.view(-1, self.experts, self.size) * mask[:, :, None]
         return self._summed(kept.reshape(-1, self.hidden) @ self.values, weights)
@@ -257,7 +263,7 @@ class Experts(nn.Module, ABC):
             hidden = self.combine([torch.cat(part) for part in zip(*pieces, strict=True)])
             hidden = hidden if shares is None else hidden * shares
             parts = [rows @ self.values[self._span(e)] for e, rows in enumerate(hidden.split(loads))]
-            made = x.new_zeros(len(x), self.out).index_add_(0, tokens, torch.cat(parts))
+            made = x.new_zeros(len(x), self.out).index_add_(0, tokens, torch.cat(parts).to(x.dtype))
             return self._summed(made, weights)
         made = x.new_zeros(len(x), self.out)
         for e, (mine, at) in enumerate(
@@ -265,7 +271,7 @@ class Experts(nn.Module, ABC):
         ):
             hidden = self.activations(x[mine], self._span(e))
             hidden = hidden if shares is None else hidden * shares[at]
-            made.index_add_(0, mine, hidden @ self.values[self._span(e)])
+            made.index_add_(0, mine, (hidden @ self.values[self._span(e)]).to(x.dtype))
         return self._summed(made, weights)
 
     def _by_expert(self, chosen: Tensor, weights: Tensor | None) -> tuple[Tensor, list[int]]:

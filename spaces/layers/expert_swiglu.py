@@ -104,6 +104,8 @@ class ExpertSwiGLU(Experts):
         made = self.projections(flat, slice(None))
         hidden = self.combine(made)
         chosen, weights = self._choose(self._scores(hidden, made[1]))
+        if weights is not None:
+            weights = weights.to(x.dtype)
         return self._masked(hidden, chosen, weights).reshape(*x.shape[:-1], self.out)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -144,4 +146,5 @@ class ExpertSwiGLU(Experts):
 
     def _scores(self, hidden: Tensor, factors: Tensor) -> Tensor:
         source = {"up_abs": factors.abs(), "inter": hidden}.get(self.kind, hidden.abs())
+        source = source if source.dtype == torch.float64 else source.float()
         return source.view(-1, self.experts, self.size).mean(2)

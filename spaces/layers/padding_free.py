@@ -76,8 +76,12 @@ class Packing:
             keep_order: leave the sequences in their order instead of sorting them by length.
 
         Raises:
-            UserMistake: there is a token behind padding.
+            UserMistake: there is a token behind padding, or ``padding`` is not bool.
         """
+        if padding.dtype != torch.bool:
+            raise UserMistake(
+                f"padding: is {padding.dtype}, must be torch.bool (True where there is no token); give padding.bool()"
+            )
         batch, longest = padding.shape
         valid = ~padding
         counts = valid.sum(1)

@@ -257,6 +257,31 @@ def test_recurrent_layers(tmp_path: Path) -> None:
         assert torch.equal(again(X), result.model(X))
 
 
+class Prepared(nn.Module):
+    """Does not run before it was prepared, and keeps that in no tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(x.flatten(1)) * self.kept["scale"]
+        return out
+
+
+def test_a_model_that_does_not_run_when_it_is_built_again() -> None:
+    """Compressing it needs no saving, and saving says what is wrong."""
+    model = Prepared()
+    model.kept["scale"] = torch.ones(5)
+    told: list[str] = []
+    x = torch.randn(1, 3, 8, 8)
+    squeezed(model, "low_rank:keep=anyway,least=4,rank=2", example=x, report=told.append)
+    assert "Prepared: built again from its description it does not run (KeyError: 'scale')" in told[0]
+    with pytest.raises(StructureError, match=r"could not be saved: .*does not run"):
+        squeezed(model, "low_rank:keep=anyway,least=4,rank=2", example=x, savable=True)
+
+
 def test_loaded_tensors_lie_where_kernels_are_fast(tmp_path: Path) -> None:
     """In a file they lie anywhere; from there the same layers round otherwise and are slower."""
     model = load(squeezed(small_vit(), "structured").save(tmp_path / "saved")).model

@@ -19,7 +19,7 @@ from compress.result import CompressionResult
 from compress.structure import StructureError
 from nas.errors import UserMistake
 from spaces.layers.int8_linear import DynamicInt8Linear
-from tests.compress.models import batches, steepened
+from tests.compress.models import batches, small_vit, steepened
 
 torch.set_num_threads(1)
 
@@ -236,3 +236,19 @@ def test_a_model_that_keeps_tensors_from_call_to_call_can_be_saved(
     again = load(result.save(tmp_path / "saved")).model
     with torch.no_grad():
         assert torch.equal(again(x), result.model(x))
+
+
+def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between saving a result and noting it, too."""
+    from recipes.benchmarks import compression_timm
+
+    def original(name: str) -> nn.Module:
+        model: Any = small_vit()
+        model.default_cfg = {"input_size": (3, 32, 32)}
+        return model
+
+    monkeypatch.setattr(compression_timm, "original", original)
+    for _ in range(2):
+        row = compression_timm.outcome("any", "class_token_last_block", tmp_path / "result")
+        assert row["outcome"] == "works"
+        assert row["change_by_saving"] == 0

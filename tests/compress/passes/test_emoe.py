@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers.mlp import GluMlp, SwiGLU
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from compress import compress, load
@@ -538,8 +538,45 @@ class Odd(nn.Module):
         return out
 
 
+def test_a_token_far_from_all_but_one_expert() -> None:
+    """Softmax values beyond 1e-45 are 0 and say no more which expert is the next best."""
+    logits = torch.tensor([[0.0, -300.0, -200.0, -150.0], [-300.0, -150.0, 0.0, -200.0]])
+    chosen, _ = experts(count=4)._choose(logits)
+    assert chosen.tolist() == [[0, 3], [2, 1]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gate", ["average", "learned", "inter"])
+@pytest.mark.parametrize("capacity", [0.0, 1.0])
+@torch.no_grad()
+def test_under_autocast(gate: str, capacity: float, form: str) -> None:
+    made: Experts = experts(gate=gate, capacity=capacity, form=form) if gate != "inter" else gated(capacity)
+    x = torch.randn(40, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = made(x).float()
+    # A rounded projection may move a token to another expert.
+    same = ((found - made(x)).abs().amax(1) < 0.05).float().mean()
+    assert same >= 0.8
+    assert made.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def gated(capacity: float) -> ExpertSwiGLU:
+    torch.manual_seed(0)
+    layers = nn.Linear(10, 24), nn.Linear(10, 24), nn.Linear(24, 7)
+    made = ExpertSwiGLU.of(*layers, nn.SiLU(), torch.arange(24) % 6, 2, gate="inter", capacity=capacity)
+    return made.eval()
+
+
+def test_logits_of_the_hidden_units_are_precise() -> None:
+    x = torch.randn(5, 10)
+    assert gated(0.0).bfloat16().logits(x.bfloat16()).dtype == torch.float32
+    assert gated(0.0).double().logits(x.double()).dtype == torch.float64
+
+
 def test_refusals() -> None:
     context = Context(example=(torch.randn(1, 8),))
+    with pytest.raises(StructureError, match="Mlp: within it is no feed-forward network"):
+        make_pass("emoe", layers=[0], experts=4, k=2, keep="anyway").apply(Mlp(8, 16), context)
     with pytest.raises(StructureError, match=r"0 \(Odd\): does more than its two layers"):
         make_pass("emoe", layers=[0], experts=4, k=1, keep="anyway").apply(nn.Sequential(Odd()), context)
     with pytest.raises(StructureError, match="no feed-forward network of plain"):

@@ -410,6 +410,8 @@ def test_padding_anywhere_else_is_an_error() -> None:
         result(source, source)
     with pytest.raises(UserMistake, match="sequence 0 of the batch has a token behind padding"):
         Packing.of(mask([2, 3]).flip(1))
+    with pytest.raises(UserMistake, match=r"padding: is torch\.uint8, must be torch\.bool"):
+        Packing.of(mask([2, 3]).to(torch.uint8))
     with pytest.raises(UserMistake, match="longer than the model's max_length=24"):
         result(sentences([30]), source[:1])
 
