@@ -107,6 +107,8 @@ class Search:
         trials = self.study.trials()
         known = {trial.key for trial in trials}
         for trial in trials:
+            if trial.result is not None:
+                self._tidy(trial)  # its driver may have died before it could
             self._take_in(trial)
         for name, architecture in first:
             if self.study.space.key(architecture) not in known:
@@ -295,10 +297,11 @@ class Search:
         self._watch_failures(result)
 
     def _tidy(self, trial: StoredTrial) -> None:
-        """Remove what a worker that was killed has left to go on from."""
-        if (
-            ":" not in self.config.evaluator
-        ):  # what a user's function keeps in the directory is its own business
+        """Remove what a worker that was killed has left to go on from.
+
+        What a user's function keeps in the directory is its own business.
+        """
+        if ":" not in self.config.evaluator:
             drop_checkpoints(self.study.run.trial(trial.number))
 
     def _tell(self, trial: StoredTrial) -> None:

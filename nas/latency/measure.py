@@ -227,7 +227,10 @@ class _Measurement:
             ),
             on_visit=lambda name: self.tell({"visit": name}),
             first=self.first,
-            relocate=lambda: relocate([reference, *runners.values()]),
+            relocate=lambda: (
+                any(runner.weights() for runner in runners.values())
+                and relocate([reference, *runners.values()])
+            ),
         )
         rounds.warm_up(granted.renew)
         # Objects of the warm-up are collected now, and not by chance in somebody's visit: the collector rests.

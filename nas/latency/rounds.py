@@ -17,7 +17,7 @@ import numpy as np
 
 from nas.latency.runner import Times
 from nas.latency.statistics import bootstrap_interval, median_interval, relative_slope, splits
-from nas.latency.visits import Track, Visit, calls_of, median_times
+from nas.latency.visits import NEVER, Track, Visit, calls_of, median_times
 
 __all__ = ["CONTENDED_ABOVE", "LEAST_ROUNDS", "SURE", "Plan", "Rounds"]
 
@@ -35,7 +35,6 @@ _QUIET_BAND = 1.1
 _REFERENCE_SECONDS = 0.05
 _PLACES = 16
 _MOVING_SHARE = 0.05
-_NEVER = Times(math.nan, math.nan, math.nan)
 _WARMUP_WINDOW = 5
 _WARMUP_SLOPE = 0.01
 _WARMUP_SECONDS = 0.2
@@ -114,10 +113,10 @@ class Rounds:
         self._between, self._done, self._on_visit, self._now = between, done, on_visit, now
         self._relocate: Callable[[], bool] | None = relocate
         self._begun = self._moved = now()
-        self._moving = 0.0
+        self._moving = 0.0  # seconds that the last move took
         self._rng = random.Random(plan.seed)
         self._order: list[Track] = []
-        self._before = _NEVER
+        self._before = NEVER
         self._reference_at = -math.inf
         self._open: list[tuple[Track, int, Times]] = []
         self._splits = 0
@@ -215,6 +214,8 @@ class Rounds:
 
     def run(self) -> None:
         """Rounds until every model has stopped. Each track then says why it did."""
+        self._moved = self._now()
+        self._moving = sum(track.first.wall for track in self._all()) / 1000
         while active := [track for track in self.tracks.values() if track.stopped is None]:
             late = self._now() - self._begun >= self.plan.max_seconds
             if late and self.number >= LEAST_ROUNDS:
@@ -271,8 +272,8 @@ class Rounds:
 
     def _close_visits(self) -> None:
         """Visit the reference, which ends the stretch of visits since its last one."""
-        if self._reference_at > -math.inf and not self._open:
-            return
+        if not self._open and self._now() - self._reference_at < _REFERENCE_SECONDS:
+            return  # nothing but a look at the figures since its last visit, and a short one
         after = self._visit(self.reference)
         self._reference_at = self._now()
         for track, number, times in self._open:

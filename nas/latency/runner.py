@@ -106,11 +106,13 @@ class Runner:
 def relocate(runners: Sequence[Runner]) -> bool:
     """Move the weights of all runners to fresh places in memory, in random order; False when there is none to move.
 
+    For a moment all weights are there twice.
+
     Where weights lie decides which of them share sets of a cache, and with it about one per cent of a model's time
     (Curtsinger and Berger, "Stabilizer", ASPLOS 2013): an accident of this process that says nothing of the model.
     """
     weights = [weight for runner in runners for weight in runner.weights()]
-    random.shuffle(weights)
+    random.Random().shuffle(weights)  # the caller's own random numbers stay as they are
     # All copies are made before the first original is let go, or they would take each other's places.
     copies = [weight.data.clone() for weight in weights]
     for weight, copied in zip(weights, copies, strict=True):

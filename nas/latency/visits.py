@@ -10,14 +10,15 @@ from typing import NamedTuple, TypeVar
 
 from nas.latency.runner import Times
 
-__all__ = ["Track", "Visit", "calls_of", "median_times", "quietest"]
+__all__ = ["NEVER", "Track", "Visit", "calls_of", "median_times", "quietest"]
 
 _VISIT_MS = 3.0
 _SLOW_MS = 150.0
 _MOST_CALLS = 15
 
 _V = TypeVar("_V")
-_NEVER = Times(math.nan, math.nan, math.nan)
+NEVER = Times(math.nan, math.nan, math.nan)
+"""Stands for a call that was not made."""
 
 
 class Visit(NamedTuple):
@@ -45,7 +46,7 @@ class Track:
     name: str
     run: Callable[[], Times]
     calls: int = 3
-    first: Times = _NEVER
+    first: Times = NEVER
     warmup_runs: int = 0
     visits: list[Visit] = field(default_factory=list)
     samples: list[Times] = field(default_factory=list)

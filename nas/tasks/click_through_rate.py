@@ -76,6 +76,8 @@ class ClickThroughRate(Task):
         for option, value in (("vocabulary", vocabulary), ("least_count", least_count), ("limit", limit)):
             if value is not None and value < 1:
                 raise UserMistake(f"{option}={value} must be at least 1")
+        if not math.isfinite(click_rating):
+            raise UserMistake(f"click_rating={click_rating} must be a finite number")
         if unknown_share is not None and not 0 <= unknown_share < 1:
             raise UserMistake(f"unknown_share={unknown_share} must lie in [0, 1)")
         generated = data is None or data == GENERATED

@@ -288,6 +288,7 @@ def _with(place: int, value: Any, row: int = 5) -> list[Any]:
         (_with(2, "inf"), {}, "column rating holds values that are no finite numbers"),
         (_with(3, -1), {}, "column timestamp must hold seconds since 1970"),
         (ratings(), {"click_rating": 6.0}, "none of the 720 ratings of train are at least click_rating=6"),
+        (ratings(), {"click_rating": math.nan}, "click_rating=nan must be a finite number"),
         (ratings(), {"click_rating": 0.0}, "all of the 720 ratings of train"),
         ([(*row[:3], 5) for row in ratings()], {}, "nothing is left for train when ratings are cut by time"),
         (ratings(), {"vocabulary": 0}, "vocabulary=0 must be at least 1"),

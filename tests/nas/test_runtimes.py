@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import math
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -639,3 +640,10 @@ def test_relocated_weights_are_the_same_elsewhere() -> None:
     assert twin[2].weight is twin[0].weight
     assert torch.equal(inside.run(), expected)
     assert not relocate([])
+
+
+def test_relocating_leaves_the_callers_random_numbers_alone() -> None:
+    runner = make_runner(nn.Linear(8, 8), (torch.randn(1, 8),), Target.parse("cpu:1"))
+    before = random.getstate()
+    assert relocate([runner])
+    assert random.getstate() == before

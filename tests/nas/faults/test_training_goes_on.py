@@ -221,3 +221,7 @@ def test_a_candidate_that_is_given_up_leaves_no_checkpoint(tmp_path: Path) -> No
     assert "3 attempts" in trial.result.failure["reason"]
     assert list(bench.epochs().values()) == [[0, 1]]
     assert not list(bench.out.glob("trials/*/checkpoint"))
+    # As after a driver that died between the result and the removal.
+    (bench.out / "trials" / "0" / "checkpoint" / "left").mkdir(parents=True)
+    bench.nas("resume", str(bench.out))
+    assert not list(bench.out.glob("trials/*/checkpoint"))
