@@ -113,7 +113,7 @@ def finalists_latency(payload: dict[str, Any], channel: Channel) -> dict[str, An
         lambda lease: measure_together(
             models,
             target,
-            plan=Plan(max_seconds=30.0),
+            plan=Plan(max_seconds=min(30.0, 6.0 + 3.0 * len(models))),
             against=base,
             options=Options(scale=Path(payload["scale"]), keys=keys),
             lease=lease,

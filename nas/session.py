@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nas.conclude import conclude
 from nas.config import SearchConfig, to_yaml
 from nas.controllers import make_controller
-from nas.environment import describe_environment, usable_cpus
+from nas.environment import describe_environment
 from nas.errors import RunStopped, UserMistake
 from nas.executors import LocalExecutor, RayExecutor
 from nas.executors.ray_targets import placed, split_ray_target
@@ -31,6 +31,7 @@ from nas.resolve import (
     CHANGEABLE,
     changed_keys,
     objectives_of,
+    openmp_settings,
     probe_architectures,
     resolve,
     resolved_storage,
@@ -230,18 +231,17 @@ class Session:
                 measure_on=split_ray_target(config.target or "")[0],
                 memory_limit_bytes=config.memory_limit,
                 retries=config.retries,
-                environment={"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_trial)))},
+                environment=openmp_settings(config, os.environ),
                 setup="nas.evaluators.train" if model else "nas.trial",
                 announce=True,
             )
         elif self._executor is None:
-            environment = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // (config.workers or 1)))}
             executor = LocalExecutor(
                 config.workers or 1,
                 memory_limit_bytes=config.memory_limit or _share_of_memory(config.workers or 1),
                 retries=config.retries,
                 log_directory=None,
-                environment=environment,
+                environment=openmp_settings(config, os.environ),
                 setup="nas.evaluators.train" if model else "nas.trial",
             )
             executor.warm()

@@ -8,7 +8,7 @@ import pytest
 
 from nas.config import SearchConfig
 from nas.errors import UserMistake
-from nas.resolve import changed_keys, probe_architectures, resolve
+from nas.resolve import changed_keys, openmp_settings, probe_architectures, resolve
 from spaces import Choice, Constraint, Int, SearchSpace
 
 
@@ -66,3 +66,22 @@ def test_a_search_takes_the_inputs_of_its_task() -> None:
         UserMistake, match=r"--target cpu:1/224: a search measures with the task's own inputs"
     ):
         resolve(SearchConfig.parse({"space": "x", "target": "cpu:1/224"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "expected"),
+    [
+        ({"target": "cpu:1"}, {}, "PASSIVE"),
+        ({"target": "ray:board/cpu:1", "ray": "auto"}, {}, "PASSIVE"),
+        ({"target": "cpu:2"}, {}, None),
+        ({"target": "cpu:1"}, {"OMP_WAIT_POLICY": "ACTIVE"}, None),
+        ({"target": "cpu:1"}, {"GOMP_SPINCOUNT": "1000"}, None),
+    ],
+)
+def test_threads_of_workers_wait_asleep_unless_that_would_be_measured(
+    settings: dict[str, str], environment: dict[str, str], expected: str | None
+) -> None:
+    config = SearchConfig.parse({"space": "efficient_transformer", **settings})
+    found = openmp_settings(config, environment)
+    assert found.get("OMP_WAIT_POLICY") == expected
+    assert int(found["OMP_NUM_THREADS"]) >= 1
