@@ -25,12 +25,21 @@ __all__ = [
     "keep_head_channels",
     "keep_heads",
     "keep_mlp_units",
+    "kernel_multiple",
     "remove_block",
     "slice_layer",
     "slice_norm",
 ]
 
 Index = Sequence[int] | Tensor
+
+
+def kernel_multiple(size: int) -> int:
+    """What a width cut from ``size`` units should be a multiple of: 8 from 64 units on, 4 from 32 on, else 1.
+
+    Vector units work on 8 or 16 numbers at once, and what is left over takes as long as a full one.
+    """
+    return 8 if size >= 64 else 4 if size >= 32 else 1
 
 
 def keep_mlp_units(part: Block | Mlp, index: Index) -> None:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.passes._ofb_cost import Cost, Widths
-from compress.passes._ofb_gate import Gate, Keep, embedding_step, head_options
+from compress.passes._ofb_gate import Gate, Keep, head_options
 from compress.passes._ofb_sites import AttentionSite, GatedLinear, Site, embedding_axes
 from compress.passes._ofb_slicing import Slicer, sync_sizes
 from compress.passes._ofb_supernet import Supernet, set_embedding_width
+from compress.surgery import kernel_multiple
 from nas.errors import UserMistake
 
-__all__ = ["Plan", "expand", "extract", "keep_temperature", "plan_of", "repair"]
+__all__ = ["Plan", "expand", "extract", "keep_temperature", "plan_of", "repair", "step_of"]
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,13 @@ def repair(
 ) -> Plan:
     """The plan, narrowed one step at a time until its exact cost is at most ``limit``, then widened while it fits.
 
-    A step takes the units that cost most for the importance they have (or gives back those that have most for what they
-    cost): one step of embedding channels, one head, one channel of every head, or hidden units of one module.
+    Widths come to lie on multiples that kernels like (see ``step_of``): first all are rounded up to them. A step takes
+    the units that cost most for the importance they have (or gives back those that have most for what they cost): one
+    step of embedding channels, one head, channels of every head, or hidden units of one module.
 
     Args:
         importance: of every unit of the dense model, (heads, channels) for each gate, comparable between gates.
-        grow: whether to widen.
+        grow: whether to widen; without it nothing is rounded up either.
         price: what importance is weighed against; ``cost`` by default.
 
     Raises:
@@ -199,6 +201,7 @@ def repair(
     """
     steps = _Steps(supernet, importance)
     price = price or cost
+    plan = steps.aligned(plan) if grow else plan
     while cost(plan.widths()) > limit:
         options = list(steps.narrower(plan))
         if not options:
@@ -217,6 +220,12 @@ def repair(
     return plan
 
 
+def step_of(size: int) -> int:
+    """Between widths of a module that has ``size`` units: about a 64th of them, in whole ``kernel_multiple``."""
+    whole = kernel_multiple(size)
+    return max(whole, size // 64 // whole * whole)
+
+
 class _Steps:
     """The neighbours of a plan, each with the importance that it loses or gains."""
 
@@ -225,13 +234,23 @@ class _Steps:
         self.sums = [_sums(gate, importance[gate]) for gate in self.gates]
         self.embedding: list[float] | None = None
         self.embedding_bounds = (1, 1)
-        self.embedding_step = 1
         if supernet.embedder is not None and supernet.dimensions.embedding:
             gate = supernet.embedder.gate
             self.embedding = _sums(gate, importance[gate])[1]
             self.embedding_bounds = (max(gate.dense[1] // 2, 1), gate.dense[1])
-            self.embedding_step = embedding_step(gate.dense[1])
         self.wanted = supernet.dimensions
+
+    def aligned(self, plan: Plan) -> Plan:
+        """The plan with every searched width rounded up to a multiple of its step."""
+        embedding = plan.embedding
+        if self.embedding is not None and embedding is not None:
+            embedding = _next(embedding - 1, 1, *self.embedding_bounds)
+        sites = []
+        for gate, (heads, channels) in zip(self.gates, plan.sites, strict=True):
+            whole = not self._narrows_channels(gate)
+            low, high = max(1, gate.dense[1] // 4), gate.dense[1]
+            sites.append((heads, channels if whole else _next(channels - 1, 1, low, high)))
+        return Plan(embedding, tuple(sites))
 
     def narrower(self, plan: Plan) -> Iterator[tuple[Plan, float]]:
         for other in self._neighbours(plan, -1):
@@ -243,8 +262,7 @@ class _Steps:
 
     def _neighbours(self, plan: Plan, sign: int) -> Iterator[Plan]:
         if self.embedding is not None and plan.embedding is not None:
-            low, high = self.embedding_bounds
-            width = min(max(plan.embedding + sign * self.embedding_step, low), high)
+            width = _next(plan.embedding, sign, *self.embedding_bounds)
             if width != plan.embedding:
                 yield replace(plan, embedding=width)
         for index, (gate, now) in enumerate(zip(self.gates, plan.sites, strict=True)):
@@ -254,24 +272,18 @@ class _Steps:
     def _sizes(self, gate: Gate, now: tuple[int, int], sign: int) -> Iterator[tuple[int, int]]:
         heads, channels = now
         all_heads, all_channels = gate.dense
-        if gate.kind == "mlp":
-            step = max(1, all_channels // 64)
-            step -= step % 4 if step > 4 else 0
-            low = max(1, all_channels // 4)
-            size = min(max(channels + sign * step, low), all_channels)
-            if size != channels:
-                yield 1, size
-            return
-        if self.wanted.heads:
+        if gate.kind == "attention" and self.wanted.heads:
             options = head_options(all_heads, self.wanted.head_step)
             wider = [one for one in options if (one - heads) * sign > 0]
             if wider:
                 yield (min(wider) if sign > 0 else max(wider)), channels
-        if gate.score.shape[1] > 1 and self.wanted.channels:
-            low = max(1, all_channels // 4)
-            size = min(max(channels + sign * max(1, all_channels // 16), low), all_channels)
+        if self._narrows_channels(gate):
+            size = _next(channels, sign, max(1, all_channels // 4), all_channels)
             if size != channels:
                 yield heads, size
+
+    def _narrows_channels(self, gate: Gate) -> bool:
+        return gate.kind == "mlp" or (gate.score.shape[1] > 1 and self.wanted.channels)
 
     def _value(self, plan: Plan) -> float:
         total = 0.0
@@ -280,6 +292,13 @@ class _Steps:
         return total + sum(
             sums[heads][channels] for sums, (heads, channels) in zip(self.sums, plan.sites, strict=True)
         )
+
+
+def _next(size: int, sign: int, low: int, high: int) -> int:
+    """The next multiple of the step beyond ``size`` in the direction of ``sign``, within [low, high]."""
+    step = step_of(high)
+    other = (size // step + 1) * step if sign > 0 else (-(-size // step) - 1) * step
+    return min(max(other, low), high)
 
 
 def _sums(gate: Gate, importance: Tensor) -> list[list[float]]:

@@ -17,7 +17,13 @@ from compress.passes import register_pass
 from compress.passes._unit_scores import Criterion, Scorer, taylor_gradients
 from compress.passes.base import Context, Pass
 from compress.structure import StructureError, find_mlps, recognise
-from compress.surgery import keep_embedding, keep_head_channels, keep_heads, keep_mlp_units
+from compress.surgery import (
+    keep_embedding,
+    keep_head_channels,
+    keep_heads,
+    keep_mlp_units,
+    kernel_multiple,
+)
 from nas.errors import UserMistake, nearest
 
 __all__ = ["Structured"]
@@ -41,8 +47,9 @@ class Structured(Pass):
         bottleneck: keep the embedding whole, and with it norms and residual stream; False adds it to ``units``.
         scope: ``uniform``: every layer loses the same share; ``global``: all units of a kind compete over the layers
             (each layer keeps a tenth at least).
-        multiple: numbers of hidden units and embedding channels are rounded up to multiples of this, where at least
-            eight times as many are there: kernels like it.
+        multiple: what numbers of hidden units, head channels and embedding channels are rounded up to multiples of:
+            None: of 8 (of 4 where fewer than 64 are there, of 1 where fewer than 32), which kernels like; a number: of
+            it, where at least eight times as many are there. 1 rounds nothing.
         batches: minibatches for ``taylor``, at least 1.
         epochs: of fine-tuning; None takes the pipeline's, else 3. Without training data there is none.
         learning_rate, distillation: of the fine-tuning.
@@ -58,7 +65,7 @@ class Structured(Pass):
         units: str | Sequence[str] = ("channels", "mlp"),
         bottleneck: bool = True,
         scope: Scope = "uniform",
-        multiple: int = 8,
+        multiple: int | None = None,
         batches: int = 10,
         epochs: int | None = None,
         learning_rate: float = 5e-4,
@@ -80,7 +87,7 @@ class Structured(Pass):
             raise UserMistake(
                 f"structured: criterion={criterion!r}, scope={scope!r}; allowed: l1, l2, taylor, and uniform, global"
             )
-        if multiple < 1 or batches < 1:
+        if (multiple is not None and multiple < 1) or batches < 1:
             raise UserMistake(f"structured: multiple={multiple} and batches={batches} must be at least 1")
         self.ratio, self.criterion, self.units, self.bottleneck = ratio, criterion, tuple(kinds), bottleneck
         self.scope, self.multiple, self.batches = scope, multiple, batches
@@ -121,9 +128,7 @@ class Structured(Pass):
                 raise StructureError(
                     f"{type(model).__name__}: no MLP with independent hidden units (fc1, act, fc2)"
                 )
-            for mlp, kept in zip(
-                mlps, self._choose([scorer.hidden(mlp) for mlp in mlps], self.multiple), strict=True
-            ):
+            for mlp, kept in zip(mlps, self._choose([scorer.hidden(mlp) for mlp in mlps]), strict=True):
                 keep_mlp_units(mlp, kept)
             return
         try:
@@ -136,17 +141,13 @@ class Structured(Pass):
             raise StructureError(
                 f"{normed}: queries and keys are normalised over a head's channels; use heads instead"
             )
-        hidden = (
-            self._choose([scorer.hidden(b.mlp) for b in blocks], self.multiple) if "mlp" in self.units else []
-        )
-        heads = self._choose([scorer.heads(b) for b in blocks], 1) if "heads" in self.units else []
+        hidden = self._choose([scorer.hidden(b.mlp) for b in blocks]) if "mlp" in self.units else []
+        heads = self._choose([scorer.heads(b) for b in blocks], whole=False) if "heads" in self.units else []
         matched, carried = [], []
         if "channels" in self.units:
             matched = [scorer.matched_channels(b) for b in blocks]
             carried = [scorer.carried_channels(b) for b in blocks]
-        width = (
-            self._choose([scorer.embedding(structure)], self.multiple) if "embedding" in self.units else []
-        )
+        width = self._choose([scorer.embedding(structure)]) if "embedding" in self.units else []
         counts = self._channel_counts(matched, carried) if matched else []
         for position, block in enumerate(blocks):
             if hidden:
@@ -162,15 +163,20 @@ class Structured(Pass):
         if width:
             keep_embedding(structure, width[0])
 
-    def _choose(self, scores: Sequence[Tensor], multiple: int) -> list[Tensor]:
-        """Positions to keep for each layer, ascending."""
-        counts = self._counts(scores)
+    def _choose(self, scores: Sequence[Tensor], *, whole: bool = True) -> list[Tensor]:
+        """Positions to keep for each layer, ascending; ``whole``: as many as kernels like."""
         kept = []
-        for values, count in zip(scores, counts, strict=True):
-            if multiple > 1 and len(values) >= 8 * multiple:
-                count = min(len(values), -(-count // multiple) * multiple)
-            kept.append(values.topk(count).indices.sort().values)
+        for values, count in zip(scores, self._counts(scores), strict=True):
+            wanted = self._rounded(count, len(values)) if whole else count
+            kept.append(values.topk(wanted).indices.sort().values)
         return kept
+
+    def _rounded(self, count: int, size: int) -> int:
+        if self.multiple is None:
+            multiple = kernel_multiple(size)
+        else:
+            multiple = self.multiple if size >= 8 * self.multiple else 1
+        return min(size, -(-count // multiple) * multiple)
 
     def _counts(self, scores: Sequence[Tensor]) -> list[int]:
         if self.scope == "uniform" or len(scores) == 1:
@@ -196,7 +202,7 @@ class Structured(Pass):
             torch.stack([one.sort(dim=1, descending=True).values.mean(0) for one in both]).sum(0)
             for both in zip(matched, carried, strict=True)
         ]
-        return self._counts(ranked)
+        return [self._rounded(n, len(one)) for n, one in zip(self._counts(ranked), ranked, strict=True)]
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

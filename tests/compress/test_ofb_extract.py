@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from compress.passes._ofb_cost import Cost, Macs, OfficialMacs, Parameters, Work, expected_widths
-from compress.passes._ofb_extract import Plan, expand, extract, plan_of, repair
+from compress.passes._ofb_extract import Plan, expand, extract, plan_of, repair, step_of
 from compress.passes._ofb_gate import (
     Gate,
 )
@@ -190,6 +190,20 @@ def test_repair_gives_back_what_was_cut() -> None:
     assert repair(start, supernet, cost, cost.dense, importance, grow=False) == start
     wide = extract(expand(model, supernet), supernet, plan)
     assert torch.isfinite(wide(IMAGES)).all()
+
+
+def test_repaired_widths_are_multiples_that_kernels_like() -> None:
+    model = vit()
+    supernet, importance = ready(model)
+    cost = Macs(model, supernet.sites, (IMAGES[:1],))
+    odd = Plan(27, ((4, 7), (1, 77), (2, 5), (1, 51)))
+    for share in (0.9, 0.6, 0.4):
+        plan = repair(odd, supernet, cost, share * cost.dense, importance)
+        assert cost(plan.widths()) <= share * cost.dense
+        assert plan.embedding is not None
+        assert plan.embedding % 4 == 0
+        assert all(hidden % 8 == 0 for heads, hidden in (plan.sites[1], plan.sites[3]))
+    assert [step_of(size) for size in (8, 32, 64, 192, 768, 1536)] == [1, 4, 8, 8, 8, 24]
 
 
 def test_a_budget_out_of_reach_is_refused() -> None:

@@ -41,9 +41,34 @@ def test_every_kind_of_unit_at_once() -> None:
         small_vit(), CONTEXT
     )
     structure = recognise(made)
-    assert (structure.width, structure.blocks[0].num_heads, structure.blocks[0].head_dim) == (29, 2, 10)
+    assert (structure.width, structure.blocks[0].num_heads, structure.blocks[0].head_dim) == (32, 2, 10)
     assert structure.blocks[0].mlp.hidden == 120  # 115, and up to a multiple of 8
-    assert count(made, CONTEXT.example)["params"] < 0.4 * count(small_vit(), CONTEXT.example)["params"]
+    assert count(made, CONTEXT.example)["params"] < 0.42 * count(small_vit(), CONTEXT.example)["params"]
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({}, [(104, 32, 96)] * 2),
+        ({"multiple": 1}, [(99, 31, 93)] * 2),
+        ({"multiple": 4}, [(100, 32, 96)] * 2),
+        ({"multiple": 16}, [(112, 31, 96)] * 2),
+    ],
+)
+def test_widths_are_multiples_that_kernels_like(
+    options: dict[str, Any], widths: list[tuple[int, int, int]]
+) -> None:
+    model: Any = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=192, depth=2, num_heads=3, mlp_ratio=204 / 192
+    ).eval()
+    context = Context(example=(torch.randn(1, 3, 32, 32),))
+    make = {"ratio": 0.515, "units": "channels+mlp+embedding", **options}
+    structure = recognise(make_pass("structured", **make).apply(model, context))
+    found = [(block.mlp.hidden, block.head_dim, structure.width) for block in structure.blocks]
+    assert found == widths
+    narrow = recognise(make_pass("structured", **{**make, "scope": "global"}).apply(model, context))
+    if not options:
+        assert all(block.mlp.hidden % 8 == block.head_dim % 8 == 0 for block in narrow.blocks)
 
 
 @torch.no_grad()
