@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers.mlp import Mlp
@@ -23,6 +23,9 @@ from torch.nn import functional
 
 from spaces.errors import UserMistake, nearest
 from spaces.layers.expert_gates import CosineGate, KeyGate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ExpertMlp", "Experts"]
 
@@ -299,6 +302,31 @@ class Experts(nn.Module, ABC):
             return made + self.bias
         return made + self.bias * (weights.sum(dim=1, keepdim=True) / self.k)
 
+    @classmethod
+    def _filled(
+        cls,
+        keys: nn.Linear,
+        values: nn.Linear,
+        act: nn.Module,
+        labels: Tensor,
+        k: int,
+        options: dict[str, Any],
+    ) -> Self:
+        """With the sizes and the weights of ``keys`` and ``values``."""
+        made = cls(
+            keys.in_features,
+            keys.out_features,
+            int(labels.max()) + 1,
+            k,
+            out=values.out_features,
+            key_bias=keys.bias is not None,
+            value_bias=values.bias is not None,
+            act=copy.deepcopy(act),
+            **options,
+        )
+        made._fill(labels.to(keys.weight.device), keys, values)
+        return made
+
     @torch.no_grad()
     def _fill(self, labels: Tensor, keys: nn.Linear, values: nn.Linear) -> None:
         """Take over the weights of a dense network whose units belong to the experts ``labels`` (h,)."""
@@ -338,18 +366,7 @@ class ExpertMlp(Experts):
         Raises:
             UserMistake: see ``Experts``; or the labels are not balanced.
         """
-        made = cls(
-            fc1.in_features,
-            fc1.out_features,
-            int(labels.max()) + 1,
-            k,
-            out=fc2.out_features,
-            key_bias=fc1.bias is not None,
-            value_bias=fc2.bias is not None,
-            act=copy.deepcopy(act),
-            **options,
-        )
-        made._fill(labels.to(fc1.weight.device), fc1, fc2)
+        made = cls._filled(fc1, fc2, act, labels, k, options)
         made.refresh_gate()
         return made.train(fc1.training)
 

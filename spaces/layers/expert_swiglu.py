@@ -62,18 +62,7 @@ class ExpertSwiGLU(Experts):
         **options: Any,
     ) -> ExpertSwiGLU:
         """From ``values(act(keys(x)) * factors(x))``, as ``ExpertMlp.of``."""
-        made = cls(
-            keys.in_features,
-            keys.out_features,
-            int(labels.max()) + 1,
-            k,
-            out=values.out_features,
-            key_bias=keys.bias is not None,
-            value_bias=values.bias is not None,
-            act=copy.deepcopy(act),
-            **options,
-        )
-        made._fill(labels.to(keys.weight.device), keys, values)
+        made = cls._filled(keys, values, act, labels, k, options)
         with torch.no_grad():
             made.factors.copy_(factors.weight[made.units])
             if made.factor_bias is not None and factors.bias is not None:
