@@ -302,7 +302,7 @@ class Rounds:
             if count < track.next_look:
                 continue
             # An interval looked at after every round is soon narrow by chance.
-            track.next_look = count + max(1, count // 4)
+            track.next_look = count + max(1, count // 6)
             quiet = track.quiet(clock, ceiling, 0)
             if len(quiet) < plan.min_rounds:
                 continue

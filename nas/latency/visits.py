@@ -12,8 +12,8 @@ from nas.latency.runner import Times
 
 __all__ = ["NEVER", "Track", "Visit", "calls_of", "median_times", "quietest"]
 
-_VISIT_MS = 3.0
-_SLOW_MS = 150.0
+_VISIT_MS = 6.0  # two visits of the reference cost more than this: fewer calls between them would be a waste
+_SLOW_MS = 60.0
 _MOST_CALLS = 15
 
 _V = TypeVar("_V")

@@ -48,7 +48,8 @@ def main() -> None:
     )
     parser.add_argument("--models", type=int, default=30)
     parser.add_argument("--load", type=int, default=0, help="processes that load the machine at random")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for one session of ours")
+    parser.add_argument("--seconds", type=float, default=150.0, help="for one session of ours, at most")
+    parser.add_argument("--precision", type=float, default=0.004, help="half-width at which ours stops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -60,7 +61,12 @@ def main() -> None:
             for name in METHODS:
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
                     times, facts, seconds = fresh.submit(
-                        one_session, name, given.models, given.seed, given.seconds, scales
+                        one_session,
+                        name,
+                        given.models,
+                        given.seed,
+                        Plan(given.seconds, given.precision),
+                        scales,
                     ).result()
                 found[name]["sessions"].append(times)
                 found[name]["seconds"].append(round(seconds, 1))
@@ -85,13 +91,13 @@ def main() -> None:
 
 
 def one_session(
-    name: str, count: int, seed: int, seconds: float, scales: Path
+    name: str, count: int, seed: int, plan: Plan, scales: Path
 ) -> tuple[dict[str, float], dict[str, Any], float]:
     """Milliseconds by model, facts and the seconds that it took, in the process that calls it."""
     torch.set_num_threads(1)
     models = build(count, seed)
     began = time.perf_counter()
-    times, facts = METHODS[name](models, seconds, scales)
+    times, facts = METHODS[name](models, plan, scales)
     return times, facts, time.perf_counter() - began
 
 
@@ -127,13 +133,11 @@ def build(count: int, seed: int) -> Models:
     return models
 
 
-def ours(
-    models: Models, seconds: float, priority: str, scale: Path
-) -> tuple[dict[str, float], dict[str, Any]]:
+def ours(models: Models, plan: Plan, priority: str, scale: Path) -> tuple[dict[str, float], dict[str, Any]]:
     found = measure_together(
         models,
         Target.parse("cpu:1"),
-        plan=Plan(seconds),
+        plan=plan,
         options=Options(priority=priority, retries=0, scale=scale),
     )
     results = found.results.values()
@@ -204,12 +208,12 @@ def work_and_rest(seed: int) -> None:
         time.sleep(rng.uniform(0.0, 3.0))
 
 
-METHODS: dict[str, Callable[[Models, float, Path], tuple[dict[str, float], dict[str, Any]]]] = {
-    "ours": lambda m, seconds, scales: ours(m, seconds, "auto", scales / "auto.json"),
-    "ours, without priority": lambda m, seconds, scales: ours(m, seconds, "off", scales / "off.json"),
-    "blocked_autorange": lambda m, seconds, scales: each(m, blocked_autorange),
-    "timm (mean of 40)": lambda m, seconds, scales: each(m, lambda f, x: mean_of(f, x, 10, 40)),
-    "mean of 100": lambda m, seconds, scales: each(m, lambda f, x: mean_of(f, x, 1, 100)),
+METHODS: dict[str, Callable[[Models, Plan, Path], tuple[dict[str, float], dict[str, Any]]]] = {
+    "ours": lambda m, plan, scales: ours(m, plan, "auto", scales / "auto.json"),
+    "ours, without priority": lambda m, plan, scales: ours(m, plan, "off", scales / "off.json"),
+    "blocked_autorange": lambda m, plan, scales: each(m, blocked_autorange),
+    "timm (mean of 40)": lambda m, plan, scales: each(m, lambda f, x: mean_of(f, x, 10, 40)),
+    "mean of 100": lambda m, plan, scales: each(m, lambda f, x: mean_of(f, x, 1, 100)),
 }
 
 

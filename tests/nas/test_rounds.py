@@ -154,9 +154,11 @@ def test_each_reason_to_stop() -> None:
     above = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=3.0))
     assert above.tracks["m"].stopped == "decision"
     assert above.number <= 20
-    near = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=4.9))
-    assert near.tracks["m"].stopped == "decision"
-    assert near.number > 12
+    near = [
+        Machine(seed, noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=4.9)) for seed in range(5)
+    ]
+    assert {rounds.tracks["m"].stopped for rounds in near} == {"decision"}
+    assert statistics.median(rounds.number for rounds in near) > above.number
     below = Machine(noise=0.005).session({"m": 5.0}, Plan(1e9, 0.01, limit_ms=9.0))
     assert below.tracks["m"].stopped == "precision", "its figure is wanted"
     late = Machine(noise=0.05).session({"m": 5.0}, Plan(0.5, 1e-9))
@@ -244,7 +246,7 @@ def test_calls_of_a_visit() -> None:
     def of(ms: float) -> int:
         return calls_of(Times(ms, ms, math.nan))
 
-    assert [of(0.01), of(0.5), of(2.0), of(100.0), of(200.0)] == [15, 6, 3, 3, 1]
+    assert [of(0.01), of(0.5), of(2.0), of(50.0), of(100.0)] == [15, 12, 3, 3, 1]
 
 
 def test_medians_of_all_clocks() -> None:
