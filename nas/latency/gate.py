@@ -53,7 +53,8 @@ class DeviceGate:
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``cuda`` and ``cuda:0`` are one device, and indices are those of
-            the machine even where ``CUDA_VISIBLE_DEVICES`` renumbers them.
+            the machine even where ``CUDA_VISIBLE_DEVICES`` renumbers them. Where one process names a GPU there by its
+            index and another by its uuid, the two do not see each other.
         directory: where the lock files are; by default a private directory of this user in the temporary directory.
         stale_after: seconds without ``Lease.check`` after which this process, when it measures, loses the device to
             whoever waits for it. Longer than any single step between two checks.

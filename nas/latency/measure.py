@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nas.errors import UserMistake
 from nas.latency import extras
+from nas.latency.clocks import CONTENDED_ABOVE, clock_of, wall_cpu_ratio, worst_ratio
 from nas.latency.compare import MARGIN, all_decided, compare_all
 from nas.latency.guard import Reading, judge, read_machine
 from nas.latency.identity import Identity, describe_inputs, identity_of
 from nas.latency.priority import Granted, undisturbed
 from nas.latency.reference import ReferenceTimes, reference_workload
 from nas.latency.result import LatencyResult, Session
-from nas.latency.rounds import CONTENDED_ABOVE, LEAST_ROUNDS, Plan, Rounds
+from nas.latency.rounds import LEAST_ROUNDS, Plan, Rounds
 from nas.latency.runner import Runner, Times, make_runner, relocate, session
 from nas.latency.statistics import bootstrap_interval, drift, median_interval, percentile
 from nas.latency.target import Target
@@ -365,29 +366,6 @@ def _energy_per_call(runner: Callable[[], Times], target: Target) -> float | Non
             runner()
             calls += 1
     return None if meter.joules is None else 1000 * meter.joules / calls
-
-
-def wall_cpu_ratio(target: Target, times: Sequence[Times]) -> float | None:
-    """Median wall time over median CPU time; None where the CPU time of one thread does not tell the whole."""
-    if target.device != "cpu" or target.cpu_threads() != 1 or not times:
-        return None
-    # Of medians, not of sums: a preempted call among many short ones does not make their median wrong.
-    middle = median_times(times)
-    return middle.wall / max(middle.cpu, 1e-9)
-
-
-def worst_ratio(target: Target, calls: Sequence[Sequence[Times]]) -> float | None:
-    """The largest ``wall_cpu_ratio`` among models. Each by itself: the middle of all calls lies between two models."""
-    found = [wall_cpu_ratio(target, times) for times in calls]
-    return max((ratio for ratio in found if ratio is not None), default=None)
-
-
-def clock_of(target: Target, calls: Sequence[Sequence[Times]]) -> str:
-    """``events`` on CUDA; else ``wall``, or ``cpu`` when other work was seen on the core of the only thread."""
-    if target.is_cuda:
-        return "events"
-    ratio = worst_ratio(target, calls)
-    return "cpu" if ratio is not None and ratio > CONTENDED_ABOVE else "wall"
 
 
 def _check(target: Target, models: Mapping[str, tuple[Any, Any]], plan: Plan, against: str | None) -> None:

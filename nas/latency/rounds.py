@@ -19,10 +19,7 @@ from nas.latency.runner import Times
 from nas.latency.statistics import bootstrap_interval, median_interval, relative_slope, splits
 from nas.latency.visits import NEVER, Track, Visit, calls_of, median_times
 
-__all__ = ["CONTENDED_ABOVE", "LEAST_ROUNDS", "SURE", "Plan", "Rounds"]
-
-CONTENDED_ABOVE = 1.05
-"""Wall time over CPU time of a single-threaded call above which other work must have run on its core."""
+__all__ = ["LEAST_ROUNDS", "SURE", "Plan", "Rounds"]
 
 SURE = 0.995
 """Confidence of an interval by which something is decided: it is looked at several times, 95 % would be too little."""
@@ -217,8 +214,8 @@ class Rounds:
         self._moved = self._now()
         self._moving = sum(track.first.wall for track in self._all()) / 1000
         while active := [track for track in self.tracks.values() if track.stopped is None]:
-            late = self._now() - self._begun >= self.plan.max_seconds
-            if late and self.number >= LEAST_ROUNDS:
+            late = self._now() - self._begun >= self.plan.max_seconds and self.number >= LEAST_ROUNDS
+            if late or (self.plan.together and self.number >= self.plan.most_rounds):
                 self._close_visits()
                 for track in active:
                     track.stopped = "time"

@@ -30,8 +30,8 @@ from nas.latency import (
     measure,
     measure_together,
 )
+from nas.latency.clocks import clock_of
 from nas.latency.identity import Identity, comparable
-from nas.latency.measure import clock_of
 from nas.latency.reference import ReferenceTimes, reference_workload
 from nas.latency.runner import Times as _Times
 from nas.latency.self_test import SelfTest, agreement, self_test

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from nas.errors import UserMistake
 from nas.latency import machine, priority
+from nas.latency.cores import choose_cores, fastest_kind
 from nas.latency.machine import CpuTimes
-from nas.latency.priority import Granted, choose_cores, fastest_kind, undisturbed
+from nas.latency.priority import Granted, undisturbed
 
 PRELUDE = """
 import json, os, sys, threading

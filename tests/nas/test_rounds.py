@@ -154,9 +154,7 @@ def test_each_reason_to_stop() -> None:
     above = Machine(noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=3.0))
     assert above.tracks["m"].stopped == "decision"
     assert above.number <= 20
-    near = [
-        Machine(seed, noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=4.9)) for seed in range(5)
-    ]
+    near = [Machine(seed, noise=0.05).session({"m": 5.0}, Plan(1e9, 1e-9, limit_ms=4.9)) for seed in range(5)]
     assert {rounds.tracks["m"].stopped for rounds in near} == {"decision"}
     assert statistics.median(rounds.number for rounds in near) > above.number
     below = Machine(noise=0.005).session({"m": 5.0}, Plan(1e9, 0.01, limit_ms=9.0))
@@ -240,6 +238,13 @@ def test_a_given_scale_is_used_instead_of_the_sessions_own() -> None:
     assert rounds.long_run_ms() == 1.0
     assert statistics.median(rounds.reference_times()) == pytest.approx(2.0)
     assert statistics.median(rounds.ratios(rounds.tracks["m"])) * rounds.long_run_ms() == pytest.approx(5.0)
+
+
+def test_the_most_rounds_end_a_comparison_too() -> None:
+    plan = Plan(1e9, 1e-9, most_rounds=15, together=True)
+    rounds = Machine(noise=0.05).session({"a": 5.0, "b": 5.0}, plan)
+    assert {track.stopped for track in rounds.tracks.values()} == {"time"}
+    assert {len(track.visits) for track in rounds.tracks.values()} == {15}
 
 
 def test_calls_of_a_visit() -> None:
