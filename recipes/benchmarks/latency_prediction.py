@@ -2,11 +2,11 @@
 
     python -m recipes.benchmarks.latency_prediction --measurements FILE --out recipes/results/latency_prediction.json
 
-Vision transformers (depth 4-12, width 128-384, heads of 32 or 64, ratio 2-4, 96-192 pixels) and samples of
-efficient_transformer are measured in two sessions; predictors are fitted to samples of the first and scored on the
-rest of the second, so that no score is better than the measurement repeats. Compared: this predictor on samples drawn
-at random and on samples that it chose, one constant x MACs, boosting on the knobs, a table of measured blocks. Further
-parts: batches pooled in one predictor, and a move to another target with 5 and 10 samples.
+Vision transformers (depth 4-12, width 128-384, heads of 32 or 64, ratio 2-4, 96-192 pixels) and samples of three
+spaces, with the inputs of their tasks, are measured in two sessions; predictors are fitted to samples of the first and
+scored on the rest of the second, so that no score is better than the measurement repeats. Compared: this predictor on
+samples drawn at random and on samples that it chose, one constant x MACs, boosting on the knobs, a table of measured
+blocks. Further parts: batches pooled in one predictor, and a move to another target with 5 and 10 samples.
 
 ``--measurements`` keeps what was measured: a run that was cut short goes on there, and scoring needs no new
 measurement. Leave the machine alone meanwhile.
@@ -18,7 +18,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ from nas.latency.prediction import (
     count_work,
     pooled_identity,
 )
+from nas.tasks import make_task
 from spaces import get_space
-from spaces.signature import ImageSignature
 
 __all__ = ["main"]
 
@@ -50,7 +50,7 @@ Array = NDArray[np.float64]
 Made = tuple[nn.Module, tuple[Tensor, ...]]
 CLASSES = 100
 TOGETHER = 16
-SPACE = "efficient_transformer:cifar10_extended"
+SPACES = ("efficient_transformer:small", "efficient_transformer:small_translation", "lv_vit:small")
 
 
 def vit(knobs: dict[str, Any], batch: int) -> Made:
@@ -62,11 +62,17 @@ def vit(knobs: dict[str, Any], batch: int) -> Made:
     return model, (torch.randn(batch, 3, knobs["img_size"], knobs["img_size"]),)
 
 
-def from_space(architecture: dict[str, Any], batch: int) -> Made:
-    """A model of the space and images for it."""
-    torch.manual_seed(0)
-    signature = ImageSignature(channels=3, height=112, width=112, classes=10)
-    return get_space(SPACE).build(architecture, signature), (torch.randn(batch, 3, 112, 112),)
+def from_space(name: str) -> Callable[[dict[str, Any], int], Made]:
+    """What makes a model of a space and inputs of its task."""
+    space = get_space(name)
+    task = make_task(space.task or "image_classification")
+
+    def make(architecture: dict[str, Any], batch: int) -> Made:
+        torch.manual_seed(0)
+        model = space.build(architecture, task.signature)
+        return model, task.example_inputs(batch, torch.device("cpu"))
+
+    return make
 
 
 def families(limit: int, seed: int = 0) -> dict[str, tuple[list[dict[str, Any]], Callable[..., Made]]]:
@@ -84,8 +90,11 @@ def families(limit: int, seed: int = 0) -> dict[str, tuple[list[dict[str, Any]],
         }
         if knobs not in vits:
             vits.append(knobs)
-    space = get_space(SPACE)
-    return {"vit": (vits, vit), "space": ([space.sample(rng) for _ in range(limit // 2)], from_space)}
+    found: dict[str, tuple[list[dict[str, Any]], Callable[..., Made]]] = {"vit": (vits, vit)}
+    for name in SPACES:
+        space = get_space(name)
+        found[name] = ([space.sample(rng) for _ in range(limit // 2)], from_space(name))
+    return found
 
 
 class Measured:
@@ -119,9 +128,10 @@ class Measured:
             print(key, start + len(group), "of", len(missing), flush=True)
         return {name: known[name]["ms"] for name in makers if name in known}
 
-    def summary(self, session: str, target: Target) -> dict[str, Any]:
+    def summary(self, session: str, names: Iterable[str], target: Target) -> dict[str, Any]:
         """How good the measurements were."""
-        entries = list(self.data[f"{session} {target}"].values())
+        known = self.data[f"{session} {target}"]
+        entries = [known[name] for name in names if name in known]
         return {
             "models": len(entries),
             "trusted": sum(e["trusted"] for e in entries),
@@ -306,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default="cpu:1")
     parser.add_argument("--other-target", help="to move a predictor to, as cpu:2 or cuda:0")
     parser.add_argument(
-        "--limit", type=int, default=160, help="vision transformers; half as many of the space"
+        "--limit", type=int, default=160, help="vision transformers; half as many of each space"
     )
     parser.add_argument(
         "--batches", type=int, nargs="*", default=[1, 8, 64], help="pooled; fewer than two: none"
@@ -345,7 +355,8 @@ def run(options: argparse.Namespace, target: Target, measured: Measured) -> dict
         knobs = np.array([list(candidates[i].values()) for i in keys], dtype=float) if name == "vit" else None
         entry = {
             "repeatability": {k: round(v, 4) for k, v in scores(first, second).items()},
-            "measurements": {s: measured.summary(s, target) for s in ("first", "second")},
+            "milliseconds": [round(float(np.quantile(first, share)), 3) for share in (0, 0.1, 0.5, 0.9, 1)],
+            "measurements": {s: measured.summary(s, makers, target) for s in ("first", "second")},
             "sizes": compare([work[i] for i in keys], knobs, first, second, options.sizes, options.draws),
         }
         result["families"][name] = entry

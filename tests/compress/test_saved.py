@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from compress.saved import describe, rebuild
 from compress.structure import StructureError
 from nas.errors import UserMistake
 from nas.files import CorruptFile, read_record, write_record
+from tests.compress._fresh_process import assert_same_in_a_fresh_process
 from tests.compress.models import small_vit
 
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4))
@@ -69,23 +67,7 @@ def test_a_removed_block_and_a_timm_name(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_fresh_process_imports_no_pass(tmp_path: Path) -> None:
     result = squeezed(small_vit(), *PASSES["tokens"])
-    result.save(tmp_path / "saved")
-    code = (
-        "import sys, torch, compress; result = compress.load(sys.argv[1]);"
-        "y = result.model(torch.ones(2, 3, 32, 32));"
-        "heavy = ('compress.passes', 'compress.finetune', 'compress.pipeline', 'nas.training');"
-        "print([name for name in sys.modules if name.startswith(heavy)]);"
-        "print(y.flatten().tolist())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "saved")], capture_output=True, text=True, check=True
-    )
-    modules, values = done.stdout.strip().splitlines()
-    assert modules == "[]"
-    with torch.no_grad():
-        torch.testing.assert_close(
-            torch.tensor(json.loads(values)), result.model(torch.ones(2, 3, 32, 32)).flatten()
-        )
+    assert_same_in_a_fresh_process(result, tmp_path / "saved", torch.ones(2, 3, 32, 32))
 
 
 class Own(nn.Module):

@@ -1,4 +1,4 @@
-"""Counted work, prediction from few samples, intervals, choice of samples, tables of blocks."""
+"""Prediction from few samples, the intervals around it, and tables of blocks."""
 
 from __future__ import annotations
 
@@ -12,184 +12,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from nas.errors import UserMistake
 from nas.files import CorruptFile
-from nas.latency.prediction import (
-    BlockTable,
-    LatencyPredictor,
-    Prediction,
-    Work,
-    blocks_of,
-    choose_samples,
-    count_work,
-    decide,
-    pooled_identity,
-)
+from nas.latency.prediction import BlockTable, LatencyPredictor, Work, blocks_of, pooled_identity
 from nas.latency.prediction.conformal import _PENALTY, Spread, left_out, quantile
 from nas.latency.prediction.models import fit_log_ridge, fit_prices, fit_prices_near
-from nas.profile import profile
-from spaces import get_space
-from spaces.signature import ImageSignature, TranslationSignature
-
-PRICES = {
-    "constant": 0.4,
-    "products": 0.01,
-    "launches": 0.002,
-    "linear_macs": 2e-8,
-    "attention_macs": 4e-8,
-    "convolution_macs": 3e-8,
-    "embedding_macs": 2e-8,
-    "elements": 4e-7,
-    "softmax_elements": 1e-6,
-    "parameter_bytes": 0.0,
-    "batch": 0.0,
-}
-
-
-def transformer(rng: random.Random, batch: int = 1) -> Work:
-    """Work of a vision transformer by its closed form."""
-    depth, width = rng.randint(4, 12), rng.choice([128, 192, 256, 320, 384])
-    heads, ratio, tokens = (
-        width // rng.choice([32, 64]),
-        rng.choice([2, 3, 4]),
-        rng.choice([37, 65, 101, 145]),
-    )
-    return Work(
-        constant=1,
-        products=6 * depth + 2,
-        launches=15 * depth + 5,
-        linear_macs=batch * depth * tokens * width * width * (4 + 2 * ratio),
-        attention_macs=batch * depth * 2 * tokens * tokens * width,
-        convolution_macs=0,
-        embedding_macs=batch * tokens * width * 768,
-        elements=batch * depth * tokens * width * (8 + ratio),
-        softmax_elements=batch * depth * heads * tokens * tokens,
-        parameter_bytes=4 * depth * width * width * (4 + 2 * ratio),
-        batch=batch,
-    )
-
-
-def milliseconds(work: Work, rng: random.Random, noise: float = 0.02) -> float:
-    """A device on which every kind of work has one price; measurements repeat within ``noise``."""
-    exact = sum(PRICES[name] * value for name, value in work.to_dict().items())
-    return exact * math.exp(rng.gauss(0.0, noise))
-
-
-def drawn(
-    count: int, seed: int, noise: float = 0.02, batches: tuple[int, ...] = (1,)
-) -> tuple[list[Work], list[float]]:
-    rng = random.Random(seed)
-    work = [transformer(rng, rng.choice(batches)) for _ in range(count)]
-    return work, [milliseconds(w, rng, noise) for w in work]
+from tests.nas._latency_samples import PRICES, drawn
 
 
 def medians(predictor: LatencyPredictor, work: list[Work]) -> NDArray[np.float64]:
     return np.array([p.median_ms for p in predictor.predict_many(work)])
-
-
-# Counted work.
-
-
-@pytest.mark.parametrize(
-    "name", ["deit_tiny_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"]
-)
-def test_the_kinds_of_macs_add_up_to_the_profile(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    inputs = (torch.empty(2, 3, 224, 224),)
-    work = count_work(model, inputs)
-    assert work.macs == profile(model, inputs).macs
-    assert work.batch == 2
-
-
-def test_deit_tiny_by_its_closed_form() -> None:
-    width, depth, tokens, patches = 192, 12, 197, 196
-    with torch.device("meta"):
-        model = timm.create_model("deit_tiny_patch16_224")
-    work = count_work(model, (torch.empty(1, 3, 224, 224),))
-    assert work.linear_macs == depth * tokens * width * width * 12 + width * 1000
-    assert work.attention_macs == depth * 2 * tokens * tokens * width
-    assert work.embedding_macs == patches * width * 768
-    assert work.softmax_elements == depth * 3 * tokens * tokens
-    assert work.parameter_bytes == 4 * 5_717_416
-    assert work.products == 1 + depth * 6 + 1
-
-
-class Function(nn.Module):
-    def __init__(self, function: Any):
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(torch.zeros(8, 8))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, self.weight)
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        # The first product that sees the input embeds it, the second is linear.
-        (lambda x, w: x @ w @ w, {"embedding_macs": 256, "linear_macs": 256}),
-        # A weight that is computed stays a weight.
-        (lambda x, w: (x @ w) @ (w.t() * 2 + 1), {"embedding_macs": 256, "linear_macs": 256}),
-        (lambda x, w: F.softmax(x @ x.transpose(1, 2), -1), {"attention_macs": 128, "softmax_elements": 16}),
-        (lambda x, w: x.view(4, 8).t()[1:].unsqueeze(0), {"launches": 0, "elements": 0}),
-        (lambda x, w: x.relu_() + 1, {"launches": 2, "elements": 64}),
-        (lambda x, w: F.embedding(x[0, :, 0].long().abs(), w), {"embedding_macs": 32}),
-        (lambda x, w: torch.mv(w, (x @ w)[0, 0]), {"linear_macs": 64}),
-    ],
-)  # fmt: skip
-def test_operators_go_to_their_kind(function: Any, expected: dict[str, float]) -> None:
-    found = count_work(Function(function), (torch.zeros(1, 4, 8),)).to_dict()
-    assert {name: found[name] for name in expected} == expected
-
-
-def test_a_model_that_reads_values_is_counted_with_data() -> None:
-    def branching(x: Tensor, w: Tensor) -> Tensor:
-        return x @ w @ w if float(x.sum()) > 0 else x
-
-    work = count_work(Function(branching), (torch.ones(1, 4, 8),))
-    assert (work.embedding_macs, work.linear_macs) == (256, 256)
-
-
-def test_counting_changes_nothing() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    count_work(model, (torch.randn(4, 8),))
-    assert model.training
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("scale", ["small", "small_translation"])
-def test_models_of_the_spaces(scale: str) -> None:
-    space = get_space(f"efficient_transformer:{scale}")
-    if scale == "small":
-        signature: Any = ImageSignature(1, 8, 8, 10)
-        inputs: tuple[Tensor, ...] = (torch.zeros(3, 1, 8, 8),)
-    else:
-        signature = TranslationSignature(40, 40, 24)
-        inputs = (torch.ones(3, 7, dtype=torch.long), torch.ones(3, 6, dtype=torch.long))
-    rng = random.Random(0)
-    for _ in range(3):
-        model = space.build(space.sample(rng), signature)
-        work = count_work(model, inputs)
-        gathers = 0 if scale == "small" else work.embedding_macs
-        assert work.macs - gathers == profile(model, inputs).macs
-        assert work.attention_macs > 0
-        assert work.embedding_macs > 0
-        assert work.batch == 3
-
-
-def test_work_survives_json() -> None:
-    work = transformer(random.Random(0))
-    assert Work.from_dict(json.loads(json.dumps(work.to_dict()))) == work
-    with pytest.raises(ValueError, match="keys \\['macs'\\] are missing or unknown"):
-        Work.from_dict({**work.to_dict(), "macs": 1.0})
 
 
 # Models.
@@ -436,69 +272,6 @@ def test_left_out_means_left_out(count: int) -> None:
             return np.full(len(rows), float(len(self.seen)))
 
     assert (left_out(lambda _, seen: Memory(seen), features, ms) < count).all()
-
-
-# Choice and decision.
-
-
-def test_corners_come_first_then_the_widest() -> None:
-    pool, _ = drawn(60, 0)
-    chosen = choose_samples(pool, [], 12)
-    assert len(set(chosen)) == 12
-    macs = np.array([w.macs for w in pool])
-    assert macs[chosen[:2]].max() >= np.quantile(macs, 0.95)
-    assert macs[chosen[:2]].min() <= np.quantile(macs, 0.05)
-    measured = [pool[i] for i in chosen]
-    more = choose_samples(pool, measured, 5)
-    assert not set(more) & set(chosen)
-
-
-def test_the_widest_interval_is_chosen() -> None:
-    pool, ms = drawn(30, 0)
-    predictor = LatencyPredictor().fit(pool[:12], ms[:12])
-    found = predictor.predict_many(pool)
-    widths = [p.high_ms / p.median_ms for p in found]
-    best = max(range(12, 30), key=lambda i: widths[i])
-    assert choose_samples(pool, pool[:12], 1, predictor=predictor) == [best]
-
-
-def test_chosen_samples_are_trusted_more_often_than_random_ones() -> None:
-    shares = {"chosen": 0.0, "random": 0.0}
-    for seed in range(6):
-        pool, ms = drawn(60, seed)
-        for name, places in (("chosen", choose_samples(pool, [], 10)), ("random", list(range(10)))):
-            predictor = LatencyPredictor().fit([pool[i] for i in places], [ms[i] for i in places])
-            shares[name] += sum(p.trusted for p in predictor.predict_many(pool)) / 360
-    assert shares["chosen"] > shares["random"]
-
-
-def test_choosing_too_many_or_of_nothing() -> None:
-    pool, _ = drawn(5, 0)
-    with pytest.raises(UserMistake, match="k=5 models were asked for and 4 of the pool are not measured"):
-        choose_samples(pool, pool[:1], 5)
-    with pytest.raises(UserMistake, match="pool=\\[\\] holds no candidates"):
-        choose_samples([], [], 1)
-    with pytest.raises(UserMistake, match="different features"):
-        choose_samples([{"a": 1.0}], [{"b": 1.0}], 1)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "trusted", "answer"),
-    [
-        (5.1, 6.0, True, "over"),
-        (4.0, 5.0, True, "within"),
-        (4.0, 5.1, True, "measure"),
-        (9.0, 10.0, False, "measure"),
-        (1.0, 2.0, False, "measure"),
-    ],
-)
-def test_a_budget_is_decided_by_the_interval(low: float, high: float, trusted: bool, answer: str) -> None:
-    assert decide(Prediction((low + high) / 2, low, high, trusted, "", low), 5.0) == answer
-
-
-def test_a_budget_must_be_a_number() -> None:
-    with pytest.raises(UserMistake, match="budget_ms=nan must be a positive number"):
-        decide(Prediction(1, 1, 1, True, "", 1), math.nan)
 
 
 # Tables of blocks.

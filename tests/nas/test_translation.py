@@ -1,17 +1,15 @@
-"""Translation: the grammar, folders of parallel text, subwords, beam search against brute force."""
+"""Translation: the grammar, folders of parallel text, subwords, batches, evaluation."""
 
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import math
 import os
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,13 +17,13 @@ from torch import Tensor, nn
 from nas.errors import TrialFailure, UserMistake
 from nas.tasks import make_task
 from nas.tasks.base import Task
-from nas.tasks.beam_search import beam_search, select_rows
 from nas.tasks.text_data import encode_corpus, generate_grammar, read_folder
 from nas.tasks.translation import Translation
 from spaces.signature import TranslationSignature
 from tests.conformance.task import TaskConformance, tiny_model
 
 CPU = torch.device("cpu")
+
 PADDING, BEGIN, END = 0, 1, 2
 
 
@@ -122,163 +120,6 @@ def test_grammar_reorders_and_agrees() -> None:
             assert "istaj miraj" in target
             assert translated[-1].endswith("atur")
     assert len(set(known.values())) > 0.99 * len(known)
-
-
-class Lookup(nn.Module):
-    """Log-probabilities that depend on the source and on the whole target so far, drawn once."""
-
-    def __init__(self, vocabulary: int, seed: int, ends: float = 0.0):
-        super().__init__()
-        self.vocabulary, self.seed, self.ends = vocabulary, seed, ends
-        self.encoded = 0
-
-    def row(self, source: list[int], target: list[int]) -> Tensor:
-        drawn = np.random.default_rng([self.seed, *source, 99, *target]).normal(0, 2, self.vocabulary)
-        drawn[END] += self.ends
-        return torch.tensor(drawn, dtype=torch.float32)
-
-    def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
-        rows = [
-            torch.stack([self.row(s, t[: i + 1]) for i in range(len(t))])
-            for s, t in zip(source.tolist(), target_in.tolist(), strict=True)
-        ]
-        return torch.stack(rows)
-
-
-class Memory(NamedTuple):
-    source: Tensor
-    more: dict[str, Any]
-
-
-class LookupWithMemory(Lookup):
-    def encode(self, source: Tensor) -> Memory:
-        self.encoded += 1
-        return Memory(source, {"mask": (None, [source == PADDING]), "heads": 2})
-
-    def decode(self, target_in: Tensor, memory: Memory) -> Tensor:
-        assert memory.more["mask"][1][0].shape == memory.source.shape
-        return self.forward(memory.source, target_in)
-
-
-def score(model: Lookup, source: list[int], sentence: tuple[int, ...], length: int, penalty: float) -> float:
-    """Penalised log-probability of ``sentence`` and ``end``, from the definition."""
-    total, target = 0.0, [BEGIN]
-    for position, token in enumerate([*sentence, END], start=1):
-        log_probs = model.row(source, target).log_softmax(-1)
-        if position < length or token == END:
-            total += float(log_probs[token])
-        target.append(token)
-    return float(total / ((5 + len(sentence) + 1) / 6) ** penalty)
-
-
-@pytest.mark.parametrize("kind", [Lookup, LookupWithMemory])
-@pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
-def test_wide_beam_equals_brute_force(kind: type[Lookup], penalty: float) -> None:
-    vocabulary, length = 5, 4
-    source = torch.tensor([[3, 4, 2], [4, 2, 0], [3, 3, 2]])
-    for seed in range(5):
-        model = kind(vocabulary, seed, ends=2.0)
-        found = beam_search(
-            model,
-            source,
-            begin=BEGIN,
-            end=END,
-            padding=PADDING,
-            max_length=length,
-            beam=20,
-            length_penalty=penalty,
-        )
-        for row, sentence in zip(source.tolist(), found, strict=True):
-            everything = [s for n in range(length) for s in itertools.product((3, 4), repeat=n)]
-            best = max(everything, key=lambda s: score(model, row, s, length, penalty))
-            assert tuple(sentence) == best, (seed, penalty)
-
-
-def greedy(model: Lookup, source: list[int], length: int) -> list[int]:
-    target = [BEGIN]
-    while len(target) < length:
-        log_probs = model.row(source, target)
-        log_probs[[PADDING, BEGIN]] = -math.inf
-        token = int(log_probs.argmax())
-        if token == END:
-            break
-        target.append(token)
-    return target[1:]
-
-
-def test_beam_one_is_greedy() -> None:
-    source = torch.tensor([[3, 4, 2], [5, 2, 0], [6, 3, 2], [4, 4, 2]])
-    lengths = set()
-    for seed in range(10):
-        model = LookupWithMemory(8, seed, ends=1.0)
-        found = beam_search(model, source, begin=BEGIN, end=END, padding=PADDING, max_length=9, beam=1)
-        assert found == [greedy(model, row, 9) for row in source.tolist()]
-        assert model.encoded == 1
-        lengths |= {len(sentence) for sentence in found}
-    assert len(lengths) > 3  # some ended by themselves, some were cut
-
-
-def test_wider_beam_scores_no_worse_than_greedy() -> None:
-    source = torch.tensor([[3, 4, 2], [5, 2, 0]])
-    better = 0
-    for seed in range(15):
-        model = Lookup(8, seed, ends=1.0)
-        for row, narrow, wide in zip(
-            source.tolist(),
-            beam_search(model, source, begin=BEGIN, end=END, padding=PADDING, max_length=6, beam=1),
-            beam_search(model, source, begin=BEGIN, end=END, padding=PADDING, max_length=6, beam=8),
-            strict=True,
-        ):
-            gain = score(model, row, tuple(wide), 6, 0.6) - score(model, row, tuple(narrow), 6, 0.6)
-            assert gain > -1e-4
-            better += gain > 1e-4
-    assert better > 5
-
-
-class Fork(nn.Module):
-    """First 3, ``END`` or 4, in this order; 3 leads nowhere, 4 ends for sure."""
-
-    def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
-        chances = {
-            BEGIN: [0.0, 0.0, 0.34, 0.36, 0.30],
-            3: [0.0, 0.0, 1e-6, 0.5, 0.5],
-            4: [0.0, 0.0, 1.0, 0.0, 0.0],
-        }
-        table = torch.tensor([chances.get(token, [0.2] * 5) for token in range(5)]).clamp_min(1e-9).log()
-        return table[target_in]
-
-
-def test_a_completed_hypothesis_takes_no_place_of_a_living_one() -> None:
-    options: dict[str, Any] = {"begin": BEGIN, "end": END, "padding": PADDING, "max_length": 5}
-    source = torch.tensor([[3, 2]])
-    assert beam_search(Fork(), source, beam=2, length_penalty=2.0, **options) == [[4]]
-    assert beam_search(Fork(), source, beam=2, length_penalty=0.0, **options) == [[]]
-
-
-def test_batch_does_not_change_the_translation() -> None:
-    model = LookupWithMemory(9, 4, ends=1.5)
-    source = torch.tensor([[3, 4, 2], [5, 6, 2], [6, 3, 2], [8, 4, 2], [7, 7, 2]])
-    options: dict[str, int] = {"begin": BEGIN, "end": END, "padding": PADDING, "max_length": 12, "beam": 3}
-    together = beam_search(model, source, **options)
-    assert together == [beam_search(model, row[None], **options)[0] for row in source]
-
-
-def test_select_rows_repeats_every_tensor() -> None:
-    tensor = torch.arange(6).view(3, 2)
-    rows = torch.tensor([2, 2, 0])
-    memory = Memory(tensor, {"list": [tensor, None, 3], "text": "kept"})
-    found = select_rows(memory, rows)
-    assert isinstance(found, Memory)
-    assert found.source.tolist() == [[4, 5], [4, 5], [0, 1]]
-    assert found.more["list"][0].tolist() == found.source.tolist()
-    assert found.more["list"][1:] == [None, 3]
-    with pytest.raises(TypeError, match=r"encode\(\) returned a set; use tensors"):
-        select_rows({1, 2}, rows)
-
-
-def test_beam_search_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="beam=0"):
-        beam_search(Lookup(5, 0), torch.tensor([[3]]), begin=1, end=2, padding=0, max_length=3, beam=0)
 
 
 def test_folder_is_read_as_named(folder: Path, tmp_path: Path) -> None:
@@ -532,65 +373,6 @@ def test_cut_gzip_file_is_one_clear_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "train.de.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserMistake, match=r"train\.de\.gz cannot be read as UTF-8 text .*get it again"):
         read_folder(tmp_path, None, None, None)
-
-
-class TinyTransformer(nn.Module):
-    """Two layers on each side, sinusoidal positions, one embedding for everything."""
-
-    def __init__(self, signature: TranslationSignature, dim: int = 64):
-        super().__init__()
-        self.embedding = nn.Embedding(signature.source_vocabulary, dim)
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        angles = torch.arange(signature.max_length)[:, None] * torch.exp(
-            torch.arange(0, dim, 2) * (-9.2 / dim)
-        )
-        self.register_buffer("places", torch.cat([angles.sin(), angles.cos()], dim=1))
-        options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        encoder = nn.TransformerEncoderLayer(dim, 4, 2 * dim, **options)
-        decoder = nn.TransformerDecoderLayer(dim, 4, 2 * dim, **options)
-        self.encoder = nn.TransformerEncoder(encoder, 2, nn.LayerNorm(dim), enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoder(decoder, 2, nn.LayerNorm(dim))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        places: Tensor = self.get_buffer("places")
-        hidden: Tensor = self.embedding(tokens) * self.embedding.embedding_dim**0.5
-        return hidden + places[: tokens.shape[1]]
-
-    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        mask = source == PADDING
-        return self.encoder(self.embed(source), src_key_padding_mask=mask), mask
-
-    def decode(self, target_in: Tensor, memory: tuple[Tensor, Tensor]) -> Tensor:
-        size = target_in.shape[1]
-        causal = torch.ones(size, size, dtype=torch.bool).triu(1)
-        hidden = self.decoder(
-            self.embed(target_in), memory[0], tgt_mask=causal, memory_key_padding_mask=memory[1]
-        )
-        logits: Tensor = hidden @ self.embedding.weight.T
-        return logits
-
-    def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
-        return self.decode(target_in, self.encode(source))
-
-
-@pytest.mark.slow
-def test_a_tiny_transformer_learns_the_grammar() -> None:
-    task = make_task("translation", bleu_sentences=100)
-    assert isinstance(task, Translation)
-    model = TinyTransformer(task.signature)
-    optimizer = torch.optim.AdamW(model.parameters(), task.default_learning_rate, betas=(0.9, 0.98))
-    steps = task.batches_per_epoch(task.default_batch_size) * task.default_epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, task.default_learning_rate, steps, pct_start=0.1
-    )
-    for epoch in range(task.default_epochs):
-        for batch in task.train_batches(epoch=epoch, batch_size=task.default_batch_size, seed=0, device=CPU):
-            optimizer.zero_grad()
-            task.loss(model, batch).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    assert task.evaluate(model, "validation", CPU)["bleu"] > 60
 
 
 @pytest.mark.skipif(
