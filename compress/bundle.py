@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nas.environment import describe_environment
-from nas.errors import RunStopped, UserMistake
+from nas.errors import RunStopped, UserMistake, first_line
 from nas.files import atomic_write_json, sha256_file
 from nas.latency import Target
 
@@ -101,7 +101,7 @@ def check_onnx(path: Path, model: nn.Module, example: tuple[torch.Tensor, ...]) 
         try:
             found = torch.from_numpy(session.run(None, {k: v for k, v in given.items() if k in names})[0])
         except Exception as error:  # onnxruntime raises its own kinds, of a compiled module
-            reason = str(error).splitlines()[0][:200]
+            reason = first_line(error, 200)
             raise RunStopped(f"export: onnxruntime cannot run the file at batch {batch}: {reason}") from None
         if found.shape != wanted.shape:
             raise RunStopped(

@@ -2,41 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.passes.base import Batches
-from nas.errors import UserMistake
-from nas.tasks.base import Task
+from compress.passes.base import Batches, Context, Inputs, Loss, is_one_logit
+from nas.errors import UserMistake, first_line
+from nas.tasks.base import Batch, Task
 
-__all__ = ["Judge", "Judgement", "TaskBatches", "as_batches", "example_of", "move"]
+__all__ = [
+    "Answer",
+    "Judge",
+    "Judgement",
+    "TaskBatches",
+    "TaskLoss",
+    "answer",
+    "as_batches",
+    "check_fits",
+    "example_of",
+    "inputs_of",
+    "loss_of",
+    "move",
+]
+
+_FEW = 2  # samples to try a loss with
 
 
 class TaskBatches:
-    """The training batches of a task, a fresh epoch (order, augmentation) each time they are gone through."""
+    """The training batches of a task as pairs (inputs, labels): a task's batch is its model's inputs and, last, labels.
+
+    A fresh epoch (order, augmentation) each time they are gone through.
+    """
 
     def __init__(self, task: Task, batch_size: int | None = None, seed: int = 0):
         self.task, self.seed = task, seed
         self.batch_size = batch_size or task.default_batch_size
         self._epoch = 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         epoch, self._epoch = self._epoch, self._epoch + 1
-        batches: Any = self.task.train_batches(
+        batches = self.task.train_batches(
             epoch=epoch, batch_size=self.batch_size, seed=self.seed, device=torch.device("cpu")
         )
-        return iter(batches)
+        return (_as_pair(batch) for batch in batches)
 
     def __len__(self) -> int:
         return self.task.batches_per_epoch(self.batch_size)
 
 
+class TaskLoss:
+    """A task's own loss, of outputs that are there already: of one call of the model, or the mean over several heads.
+
+    Args:
+        task: its ``loss`` calls the model with the batch's inputs as they are.
+    """
+
+    def __init__(self, task: Task):
+        self.task = task
+        self._unknown = (None,) * len(task.example_inputs(1, torch.device("cpu")))
+
+    def __call__(self, outputs: Any, labels: Tensor, inputs: Sequence[Tensor] | None = None) -> Tensor:
+        """Scalar. Without ``inputs``, a task that looks at them itself cannot be asked.
+
+        Raises UserMistake when the task calls the model with something else.
+        """
+        if isinstance(outputs, (tuple, list)):
+            return torch.stack([self(one, labels, inputs) for one in outputs]).mean()
+        given: Any = self._unknown if inputs is None else tuple(inputs)
+        return self.task.loss(_Answered(outputs, given), (*given, labels))
+
+
+class _Answered(nn.Module):
+    """In the model's place while a task takes its loss: answers with what the model has said to these inputs."""
+
+    def __init__(self, outputs: Any, inputs: tuple[Any, ...]):
+        super().__init__()
+        self._outputs, self._inputs = outputs, inputs
+
+    def forward(self, *inputs: Any) -> Any:
+        """The outputs. Raises UserMistake for other inputs than those that they belong to."""
+        if len(inputs) != len(self._inputs) or any(
+            one is not own for one, own in zip(inputs, self._inputs, strict=True)
+        ):
+            raise UserMistake("it calls the model with something else than the inputs of the batch")
+        return self._outputs
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model gave for a batch, and its loss, a scalar; all on the context's device."""
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+    outputs: Any
+    loss: Tensor
+
+
+def answer(model: nn.Module, batch: tuple[Inputs, Tensor], context: Context) -> Answer:
+    """Call ``model``, which is on the context's device, on a batch, and take the context's loss."""
+    inputs, labels = move(batch, context.device)
+    outputs = model(*inputs)
+    return Answer(inputs, labels, outputs, loss_of(context, outputs, inputs, labels))
+
+
+def loss_of(context: Context, outputs: Any, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """The context's loss of ``outputs``, which a model gave for ``inputs``."""
+    if isinstance(context.loss, TaskLoss):
+        return context.loss(outputs, labels, inputs)
+    return context.loss(outputs, labels)
+
+
+def inputs_of(batch: tuple[Inputs, Tensor]) -> tuple[Tensor, ...]:
+    """What a model is called with: ``model(*inputs_of(batch))``."""
+    inputs = batch[0]
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def move(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Inputs, in a tuple also where there is one, and labels on ``device``."""
+    inputs = tuple(x.to(device, non_blocking=True) for x in inputs_of(batch))
+    return inputs, batch[1].to(device, non_blocking=True)
+
+
 def as_batches(data: object, what: str, *, seed: int = 0) -> Batches:
-    """``data`` as something that gives (inputs, labels) each time it is gone through.
+    """``data`` as something that gives (inputs, labels) each time it is gone through; see ``passes.base.Batches``.
 
     Args:
         data: a DataLoader, a list of batches or another re-iterable, or a task (its training data).
@@ -44,9 +136,10 @@ def as_batches(data: object, what: str, *, seed: int = 0) -> Batches:
         seed: of a task's order and augmentation.
 
     Raises:
-        UserMistake: it gives nothing, something else than pairs of tensors, or can be gone through only once.
+        UserMistake: it gives nothing, something else than such pairs, or can be gone through only once.
     """
     if isinstance(data, Task):
+        _check_task(data, what, seed)
         data = TaskBatches(data, seed=seed)
     if not isinstance(data, Iterable):
         raise UserMistake(
@@ -63,9 +156,35 @@ def as_batches(data: object, what: str, *, seed: int = 0) -> Batches:
         )
     if not _is_pair(first):
         raise UserMistake(
-            f"{what}: must yield pairs (inputs, labels) of tensors with the batch first, not {_described(first)}"
+            f"{what}: must yield pairs (inputs, labels) of tensors with the batch first, not {_described(first)}; "
+            "several inputs are a tuple within the pair"
         )
     return data
+
+
+def check_fits(model: nn.Module, example: Sequence[Tensor], train: Batches | None, loss: Loss) -> None:
+    """Raises UserMistake when ``model``, on the CPU, does not run on ``example``, or a task cannot take its loss."""
+    shapes = ", ".join(str(tuple(x.shape)) for x in example)
+    with torch.no_grad():
+        try:
+            model(*example)
+        except Exception as error:  # the model is anybody's
+            raise UserMistake(
+                f"model: {type(model).__name__} does not run on the inputs {shapes} of its data or example "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+        if not isinstance(loss, TaskLoss) or not isinstance(train, TaskBatches):
+            return
+        # The first batch of the task itself: looking must not use up an epoch of ``train``.
+        inputs, labels = next(iter(TaskBatches(train.task, train.batch_size, train.seed)))
+        few = tuple(x[:_FEW] for x in inputs_of((inputs, labels)))
+        try:
+            loss(model(*few), labels[:_FEW], few)
+        except Exception as error:  # the task may be anybody's too
+            raise UserMistake(
+                f"train: the loss of task {train.task.name!r} cannot be taken of the outputs of "
+                f"{type(model).__name__} ({first_line(error)}); give batches and loss="
+            ) from error
 
 
 def example_of(model: nn.Module, *sources: Batches | Task | None) -> tuple[Tensor, ...]:
@@ -83,8 +202,7 @@ def example_of(model: nn.Module, *sources: Batches | Task | None) -> tuple[Tenso
                     f"{type(source).__name__}: yields no batch when it is gone through for the second time; give a "
                     "DataLoader, a list or a task"
                 )
-            inputs, _ = again
-            return (inputs[:1].detach().cpu().clone(),)
+            return tuple(x[:1].detach().cpu().clone() for x in inputs_of(again))
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else None
     grid = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -99,14 +217,12 @@ def example_of(model: nn.Module, *sources: Batches | Task | None) -> tuple[Tenso
     return (torch.randn(1, *size, generator=torch.Generator().manual_seed(0)),)
 
 
-def move(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and labels on ``device``."""
-    return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class Judgement:
-    """``metrics`` holds ``accuracy`` (0 to 1) where labels are classes; ``predictions`` are classes, (N,)."""
+    """``metrics`` are a task's own, or hold ``accuracy`` (0 to 1) where labels are classes.
+
+    ``predictions`` are classes, (N,); of a single logit they are 0 and 1.
+    """
 
     metrics: dict[str, float]
     predictions: Tensor | None
@@ -119,7 +235,9 @@ class Judgement:
 
 
 class Judge:
-    """Accuracy and predictions of models on the same validation data, without gradients, in evaluation mode.
+    """Metrics and predictions of models on the same validation data, without gradients, in evaluation mode.
+
+    ``metric`` is the one that counts: a task's objective, or accuracy.
 
     Args:
         data: batches or a task (its validation split).
@@ -128,6 +246,7 @@ class Judge:
 
     def __init__(self, data: Batches | Task, device: torch.device):
         self._data, self._device = data, device
+        self.metric = data.objective.name if isinstance(data, Task) else "accuracy"
 
     def judge(self, model: nn.Module) -> Judgement:
         """Raises UserMistake when the data gives nothing."""
@@ -152,15 +271,15 @@ class Judge:
         predicted, right, total = [], 0, 0
         for batch in batches:
             inputs, labels = move(batch, self._device)
-            found = _classes(model(inputs))
+            outputs = model(*inputs)
+            found, wanted = _classes(outputs), _wanted(outputs, labels)
             total += len(labels)
-            if found is not None:
-                wanted = labels.argmax(-1) if labels.dim() == 2 else labels
+            if found is not None and wanted is not None:
                 right += int((found == wanted).sum())
                 predicted.append(found.cpu())
         if not total:
             raise UserMistake("validation: yields no batch; give data with at least one batch")
-        if not predicted:
+        if sum(map(len, predicted)) != total:
             return Judgement({}, None)
         return Judgement({"accuracy": right / total}, torch.cat(predicted))
 
@@ -189,16 +308,63 @@ class _Recorder(nn.Module):
 
 
 def _classes(outputs: Any) -> Tensor | None:
-    return outputs.argmax(-1) if isinstance(outputs, Tensor) and outputs.dim() == 2 else None
+    """(B,) classes that outputs (B, classes) stand for; 0 and 1 of a single logit, (B, 1) or (B,)."""
+    if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2):
+        return None
+    if is_one_logit(outputs):
+        return (outputs.flatten() > 0).long()
+    return outputs.argmax(-1)
+
+
+def _wanted(outputs: Any, labels: Tensor) -> Tensor | None:
+    """(B,) classes that the labels stand for; None where labels of a single output are other numbers than 0 and 1."""
+    if isinstance(outputs, Tensor) and is_one_logit(outputs):
+        flat = labels.flatten()
+        return flat.long() if bool(((flat == 0) | (flat == 1)).all()) else None
+    return labels.argmax(-1) if labels.dim() == 2 else labels
+
+
+def _as_pair(batch: Batch) -> tuple[Inputs, Tensor]:
+    *inputs, labels = batch
+    return (inputs[0] if len(inputs) == 1 else tuple(inputs)), labels
+
+
+def _check_task(task: Task, what: str, seed: int) -> None:
+    """Raises UserMistake for a task whose batches are not its model's inputs and then labels."""
+    cpu = torch.device("cpu")
+    first = next(task.train_batches(epoch=0, batch_size=task.default_batch_size, seed=seed, device=cpu), None)
+    if first is None:
+        raise UserMistake(f"{what}: task {task.name!r} yields no batch; give it more data")
+    example = task.example_inputs(1, cpu)
+    alike = len(first) == len(example) + 1 and all(
+        x.is_floating_point() == own.is_floating_point() and x.dim() == own.dim()
+        for x, own in zip(first, example, strict=False)
+    )
+    if not alike:
+        raise UserMistake(
+            f"{what}: task {task.name!r} gives batches of {len(first)} tensors, not the {len(example)} input(s) of its "
+            "model and labels behind them; give batches and loss="
+        )
 
 
 def _is_pair(batch: object) -> bool:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         return False
-    return all(isinstance(x, Tensor) and x.dim() > 0 for x in batch) and len(batch[0]) == len(batch[1]) > 0
+    inputs, labels = batch
+    tensors = [*inputs, labels] if isinstance(inputs, (tuple, list)) and inputs else [inputs, labels]
+    if not all(isinstance(x, Tensor) and x.dim() > 0 for x in tensors):
+        return False
+    return len({len(x) for x in tensors}) == 1 and len(labels) > 0
 
 
 def _described(batch: object) -> str:
-    if isinstance(batch, (tuple, list)):
-        return f"{type(batch).__name__} of {', '.join(type(x).__name__ for x in batch) or 'nothing'}"
-    return type(batch).__name__
+    if not isinstance(batch, (tuple, list)):
+        return type(batch).__name__
+    text = f"{type(batch).__name__} of {', '.join(type(x).__name__ for x in batch) or 'nothing'}"
+    if len(batch) != 2:
+        return text
+    parts = [*batch[0], batch[1]] if isinstance(batch[0], (tuple, list)) and batch[0] else list(batch)
+    if not all(isinstance(x, Tensor) for x in parts):
+        return text
+    sizes = [str(len(x)) if x.dim() else "no" for x in parts]
+    return f"{text} with {', '.join(sizes[:-1])} and {sizes[-1]} samples"

@@ -8,16 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.data import move
-from compress.passes.base import Context, PassFailed
+from compress.data import answer
+from compress.passes.base import Context, PassFailed, is_one_logit
 from nas.errors import TrialFailure, UserMistake
-from nas.tasks.base import Batch, Objective, Split, Task
+from nas.tasks.base import Objective, Split, Task
 from nas.training import TrainConfig, TrainResult, train
 
-__all__ = ["ExtraLoss", "distillation_loss", "finetune"]
+__all__ = ["ExtraLoss", "distillation_loss", "epochs_of", "finetune"]
 
-ExtraLoss = Callable[[nn.Module, Tensor, Any, Any], Tensor]
-"""Model in training, inputs, its outputs, the teacher's outputs (None without one) -> a scalar to be added."""
+ExtraLoss = Callable[[nn.Module, tuple[Tensor, ...], Any, Any], Tensor]
+"""Model in training, its inputs, its outputs, the teacher's outputs (None without one) -> a scalar to be added."""
+
+
+def epochs_of(own: int | None, context: Context, default: int, *, must: bool = False) -> int:
+    """How long a pass trains: as long as it was told, else as the context says, else as is usual for it.
+
+    Args:
+        own: the pass's option.
+        default: of the pass.
+        must: it is nothing without training. The others stay untrained, 0, where there is no data.
+    """
+    if context.train is None and not must:
+        return 0
+    chosen = context.epochs if own is None else own
+    return default if chosen is None else chosen
 
 
 def finetune(
@@ -40,7 +54,7 @@ def finetune(
     Args:
         model: a pass's own copy; it comes back on the device it was on.
         context: data, loss, teacher, seed and device. With ``context.probe``, or ``epochs=0``, nothing is trained.
-        epochs: passes over ``context.train``; ``context.epochs`` is the caller's to look at.
+        epochs: passes over ``context.train``; see ``epochs_of``.
         learning_rate: peak, with warm-up and a cosine to 0.
         distillation: weight of the teacher in [0, 1]; without a teacher the task's loss counts alone.
         temperature: above 0; see ``distillation_loss``.
@@ -85,15 +99,24 @@ def finetune(
 def distillation_loss(outputs: Any, teacher: Any, temperature: float = 2.0) -> Tensor:
     """Kullback-Leibler divergence from the teacher's distribution, softened by ``temperature``, times its square.
 
-    A tuple of outputs (distilled models in training) counts as the mean of its members. Source: Hinton, Vinyals and
-    Dean, "Distilling the Knowledge in a Neural Network", section 2.
+    Outputs (B, ..., classes) are logits of one distribution for each sample and position, over which the mean is
+    taken. A single output, (B, 1) or (B,), is the logit of a chance: both distributions are then Bernoulli's. A tuple
+    of outputs (distilled models in training) counts as the mean of its members. Source: Hinton, Vinyals and Dean,
+    "Distilling the Knowledge in a Neural Network", section 2.
     """
     if isinstance(outputs, (tuple, list)):
         return torch.stack([distillation_loss(one, teacher, temperature) for one in outputs]).mean()
     wanted = torch.stack(list(teacher)).mean(0) if isinstance(teacher, (tuple, list)) else teacher
-    own = nn.functional.log_softmax(outputs.float() / temperature, dim=-1)
-    other = nn.functional.log_softmax(wanted.float() / temperature, dim=-1)
+    own, other = (_log_chances(x.float() / temperature) for x in (outputs, wanted))
     return nn.functional.kl_div(own, other, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _log_chances(logits: Tensor) -> Tensor:
+    """(samples and positions, classes) logarithms."""
+    if is_one_logit(logits):
+        one = logits.reshape(-1)
+        return torch.stack((nn.functional.logsigmoid(-one), nn.functional.logsigmoid(one)), dim=-1)
+    return nn.functional.log_softmax(logits, dim=-1).flatten(0, -2)
 
 
 class _Lesson(Task):
@@ -109,27 +132,25 @@ class _Lesson(Task):
 
     def train_batches(
         self, *, epoch: int, batch_size: int, seed: int, device: torch.device, train_fraction: float = 1.0
-    ) -> Iterator[Batch]:
-        """Whatever the caller's data gives, on ``device``."""
-        for batch in self._context.train or ():
-            yield move(batch, device)
+    ) -> Iterator[Any]:
+        """The caller's pairs, wherever they lie: ``loss`` moves them."""
+        yield from self._context.train or ()
 
     def batches_per_epoch(self, batch_size: int, train_fraction: float = 1.0) -> int:
         """Number of the caller's batches."""
         return self._length
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Task's loss, distillation and the extra term."""
-        inputs, labels = batch
-        outputs, taught = model(inputs), None
+        found, taught = answer(model, batch, self._context), None
         if self._context.teacher is not None and (self._distillation or self._extra):
             with torch.no_grad():
-                taught = self._context.teacher(inputs)
-        total = (1 - self._distillation) * self._context.loss(outputs, labels)
+                taught = self._context.teacher(*found.inputs)
+        total = (1 - self._distillation) * found.loss
         if self._distillation:
-            total = total + self._distillation * distillation_loss(outputs, taught, self._temperature)
+            total = total + self._distillation * distillation_loss(found.outputs, taught, self._temperature)
         if self._extra is not None:
-            total = total + self._extra(model, inputs, outputs, taught)
+            total = total + self._extra(model, found.inputs, found.outputs, taught)
         return total
 
     def evaluate(

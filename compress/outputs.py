@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.structure import StructureError
+from nas.errors import first_line
 
 __all__ = ["difference", "relative_gap", "require_same", "size_of"]
 
@@ -75,8 +76,7 @@ def require_same(result: nn.Module, model: nn.Module, inputs: Sequence[Tensor], 
         try:
             found = copy.deepcopy(result).eval()(*given)
         except Exception as error:  # the rest of the model is anybody's, and may call its parts in any way
-            reason = (str(error).strip() or "-").splitlines()[0][:150]
-            raise StructureError(f"{why_not} ({type(error).__name__}: {reason})") from error
+            raise StructureError(f"{why_not} ({type(error).__name__}: {first_line(error, 150)})") from error
     gap = relative_gap(found, wanted)
     if not gap <= _EXACT:
         raise StructureError(f"{why_not} (the outputs change by {gap:.2g} of their size)")

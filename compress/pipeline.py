@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.budgeting import Costs, fitting_passes
-from compress.data import Judge, as_batches, example_of
+from compress.data import Judge, Judgement, TaskLoss, as_batches, check_fits, example_of
 from compress.measuring import count, measure_against
 from compress.origins import origin_of
 from compress.outputs import difference
@@ -22,7 +22,7 @@ from compress.passes.base import Batches, Budget, Context, Loss, Pass, PassFaile
 from compress.result import CompressionResult, Step, why_not_savable
 from compress.structure import StructureError
 from nas.environment import describe_environment
-from nas.errors import UserMistake
+from nas.errors import UserMistake, first_line
 from nas.latency import Target
 from nas.tasks.base import Task
 
@@ -58,14 +58,17 @@ def compress(
     Args:
         model: a timm model, one of our architectures, or a module that is built like them.
         passes: in the order in which they run: objects of ``make_pass``, or texts such as ``"ofb:target=0.5"``.
-        train: batches (inputs, labels) to learn from: a DataLoader, another re-iterable, or a task.
-        validation: likewise, to judge by; without it there is no accuracy. A task given as ``train`` serves both.
+        train: batches (inputs, labels) to learn from: a DataLoader, another re-iterable, or a task. Several inputs
+            are a tuple: ((ids, numbers), labels).
+        validation: likewise, to judge by: a task by its own metrics, batches by accuracy. Without it nothing is
+            judged. A task given as ``train`` serves both.
         target: where the result will run, as for ``nas measure``.
         budget: ``"latency=0.6"`` (of the original, measured on the target), ``"latency=8ms"``, ``"macs=0.5"``,
             ``"params=2e6"``. Adjustable passes then get the weakest common strength that meets it, whatever their
             own options for it say.
         seed: of everything random, in [0, 2**32).
-        loss: of outputs and labels; cross entropy by default.
+        loss: of outputs and labels; by default that of the task given as ``train``, else cross entropy (of a single
+            output: of the chance that it is the logit of).
         epochs: for every pass that trains and was not told its own number.
         device: where passes train; the target's by default.
         example: inputs of one sample, where neither data nor model tell.
@@ -75,9 +78,9 @@ def compress(
         report: told what is being done, one line at a time; also which passes did not make it measurably faster.
 
     Raises:
-        UserMistake: an unknown pass, an order or a model that a pass refuses, data that yields nothing, a budget that
-            cannot be met, tied weights that a pass would untie, hooks or parametrizations, a model that cannot be
-            saved where ``savable``.
+        UserMistake: an unknown pass, an order or a model that a pass refuses, data that yields nothing or that the
+            model does not run on, a task whose batches are not (inputs, labels), a budget that cannot be met, tied
+            weights that a pass would untie, hooks or parametrizations, a model that cannot be saved where ``savable``.
         PassFailed: a pass could not do its work: the loss became NaN, or its result gives other shapes.
     """
     run = [passes] if isinstance(passes, (str, Pass)) else list(passes)
@@ -94,6 +97,8 @@ def compress(
     inputs = (example,) if isinstance(example, Tensor) else example
     inputs = inputs or example_of(original, data.validation, data.train)
     inputs = tuple(x[:1].detach().cpu() for x in inputs)
+    chosen_loss = loss or data.loss
+    check_fits(original, inputs, data.train, chosen_loss)
     start, reason = (dict(origin), None) if origin is not None else _origin_or_none(original)
     reason = reason or why_not_savable(original, start, inputs)
     if reason and savable:
@@ -105,7 +110,7 @@ def compress(
         example=inputs,
         train=data.train,
         validation=None if isinstance(data.validation, Task) else data.validation,
-        loss=loss or data.loss,
+        loss=chosen_loss,
         teacher=copy.deepcopy(original).requires_grad_(False).to(where),
         target=place,
         budget=wanted,
@@ -114,7 +119,8 @@ def compress(
         epochs=epochs,
         report=tell,
     )
-    pipeline = _Pipeline(original, chosen, context, data.judge(where), measure_seconds)
+    judge = data.judge(where)
+    pipeline = _Pipeline(original, chosen, context, judge, measure_seconds)
     steps, result = pipeline.run()
     return CompressionResult(
         model=result,
@@ -123,7 +129,12 @@ def compress(
         budget=None if wanted is None else str(wanted),
         example=inputs,
         origin=start,
-        facts={"seed": seed, "epochs": epochs, "environment": describe_environment()},
+        facts={
+            "seed": seed,
+            "epochs": epochs,
+            "metric": judge.metric if judge else None,
+            "environment": describe_environment(),
+        },
     )
 
 
@@ -148,10 +159,10 @@ class _Data:
     """Training and validation data, looked at before anything is done."""
 
     def __init__(self, train: Any, validation: Any, seed: int, passes: Iterable[Pass]):
-        self.loss: Loss = _task_loss(train) if isinstance(train, Task) else classification_loss
         if validation is None and isinstance(train, Task):
             validation = train
         self.train: Batches | None = None if train is None else as_batches(train, "train", seed=seed)
+        self.loss: Loss = TaskLoss(train) if isinstance(train, Task) else classification_loss
         self.validation: Batches | Task | None = validation
         if validation is not None and not isinstance(validation, Task):
             self.validation = as_batches(validation, "validation")
@@ -176,7 +187,7 @@ class _Pipeline:
         counted = count(self._original, self._context.example)
         costs = Costs(self._original, counted, self._context, self._seconds)
         self._context = self._context.with_changes(original=costs.original())
-        before = self._judge.judge(self._original) if self._judge else None
+        before = self._judged(_ORIGINAL, self._original)
         first = Step(_ORIGINAL, **_counts(counted), metrics=before.metrics if before else {})
         budget, strength = self._context.budget, None
         for attempt in range(_ATTEMPTS):
@@ -216,7 +227,7 @@ class _Pipeline:
         self._context.report(f"pass {where}: {one}")
         made = self._apply(one, model, self._context.with_changes(report=tell))
         seconds = time.perf_counter() - started
-        judged = self._judge.judge(made) if self._judge else None
+        judged = self._judged(one.name, made)
         step = Step(
             str(one),
             **_counts(count(made, self._context.example)),
@@ -226,6 +237,14 @@ class _Pipeline:
             notes=tuple(notes),
         )
         return step, made
+
+    def _judged(self, name: str, model: nn.Module) -> Judgement | None:
+        if self._judge is None:
+            return None
+        judged = self._judge.judge(model)
+        if (value := judged.metrics.get(self._judge.metric)) is not None:
+            self._context.report(f"{name}: {self._judge.metric} {value:.4f}")
+        return judged
 
     def _apply_all(self, passes: Sequence[Pass]) -> nn.Module:
         """The shapes that ``passes`` lead to, without training."""
@@ -318,9 +337,8 @@ def _private_copy(model: nn.Module, passes: Sequence[Pass]) -> nn.Module:
     try:
         return copy.deepcopy(model).cpu().eval()
     except (RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
         raise UserMistake(
-            f"model: cannot be copied ({reason}); detach the tensors that it keeps, or build it anew"
+            f"model: cannot be copied ({first_line(error, 150)}); detach the tensors that it keeps, or build it anew"
         ) from None
 
 
@@ -328,17 +346,6 @@ def _check_plain(model: nn.Module, one: Pass) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "parametrizations") or getattr(module, "_forward_hooks", None):
             raise PassFailed(f"pass {one.name!r}: left a mask or a hook on {name or 'the model'}")
-
-
-def _task_loss(task: Task) -> Loss:
-    smoothing = float(getattr(task, "label_smoothing", 0.0))
-
-    def loss(outputs: Any, labels: Tensor) -> Tensor:
-        if isinstance(outputs, (tuple, list)):
-            return torch.stack([loss(one, labels) for one in outputs]).mean()
-        return nn.functional.cross_entropy(outputs.float(), labels, label_smoothing=smoothing)
-
-    return loss
 
 
 def _counts(found: Mapping[str, Any]) -> dict[str, Any]:

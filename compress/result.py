@@ -108,7 +108,7 @@ class CompressionResult:
 
         table = Table(title=f"{self.target}, {self.budget or 'no budget'}")
         table.add_column("after", overflow="fold")
-        for head in ("params", "MACs", "latency (ms)", "of original", "accuracy", "agreement"):
+        for head in self._heads():
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows():
             table.add_row(*row)
@@ -116,10 +116,18 @@ class CompressionResult:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of ``report``: each figure was counted or measured in this run, ``-`` stands for none."""
-        return [_row(step) for step in self.steps]
+        return [_row(step, self.metric) for step in self.steps]
+
+    @property
+    def metric(self) -> str:
+        """Which of a step's metrics counts: the task's objective, or accuracy."""
+        return str(self.facts.get("metric") or "accuracy")
+
+    def _heads(self) -> tuple[str, ...]:
+        return ("params", "MACs", "latency (ms)", "of original", self.metric, "agreement")
 
     def __str__(self) -> str:
-        heads = ("after", "params", "MACs", "latency (ms)", "of original", "accuracy", "agreement")
+        heads = ("after", *self._heads())
         rows = [heads, *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
         return "\n".join(
@@ -287,9 +295,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             owner._buffers[leaf] = value.clone()
 
 
-def _row(step: Step) -> tuple[str, ...]:
+def _row(step: Step, metric: str) -> tuple[str, ...]:
     latency, ratio = step.latency, step.ratio
-    accuracy = step.metrics.get("accuracy")
+    value = step.metrics.get(metric)
     return (
         step.name,
         format_count(step.params),
@@ -298,6 +306,6 @@ def _row(step: Step) -> tuple[str, ...]:
         if latency is None
         else format_interval(latency["median_ms"], latency["low_ms"], latency["high_ms"]),
         "-" if ratio is None else f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
-        "-" if accuracy is None else f"{100 * accuracy:.2f} %",
+        "-" if value is None else f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4f}",
         "-" if step.agreement is None else f"{100 * step.agreement:.2f} %",
     )

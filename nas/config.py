@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from nas.errors import UserMistake, nearest
+from nas.errors import UserMistake, first_line, nearest
 
 __all__ = ["SearchConfig", "TrainingOptions", "load_recipe", "parse_count", "parse_duration", "to_yaml"]
 
@@ -249,7 +249,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserMistake(f"--recipe {path}{where}: {problem}") from None
     except RecursionError:
         raise UserMistake(f"--recipe {path}: nested too deeply; a recipe is a flat YAML mapping") from None

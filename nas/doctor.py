@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from nas.config import SearchConfig, to_yaml
-from nas.errors import UserMistake
+from nas.errors import UserMistake, first_line
 from nas.files import CorruptFile, atomic_write_text, read_record, sha256_file
 from nas.recorded import put_back, read_recorded
 from nas.resolve import objectives_of
@@ -81,7 +81,7 @@ def _package(name: str, extra: str | None) -> Finding:
     try:
         importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
     except Exception as error:  # whatever an import can raise is what the user would meet
-        reason = f"{found} does not import: {type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{found} does not import: {type(error).__name__}: {first_line(error)}"
         return Finding("broken", name, reason, f"{install} --upgrade --force-reinstall")
     return Finding("ok", name, found)
 

@@ -15,6 +15,7 @@ __all__ = [
     "TrialFailure",
     "UnknownNameError",
     "UserMistake",
+    "first_line",
     "nearest",
 ]
 
@@ -36,3 +37,8 @@ class SpaceExhausted(RuntimeError):
 
 class RunStopped(RuntimeError):
     """The run cannot go on (exit code 1); what was recorded is safe."""
+
+
+def first_line(error: BaseException, limit: int | None = None) -> str:
+    """What ``error`` says, in one line of at most ``limit`` characters; the name of its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]

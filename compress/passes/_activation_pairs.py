@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from compress.passes._reparameterize_graph import twin_of
 from compress.structure import StructureError
+from nas.errors import first_line
 from spaces.layers.series_activation import SeriesActivation
 from spaces.vision._vanillanet_merging import CONVOLUTIONS, NORMS, why_not_foldable, why_not_mergeable
 
@@ -163,7 +164,7 @@ class _Search:
         except Exception as error:  # the model is anybody's
             raise StructureError(
                 f"activation_pruning: {type(model).__name__} does not run on the example ({type(error).__name__}: "
-                f"{(str(error).strip() or '-').splitlines()[0][:150]})"
+                f"{first_line(error, 150)})"
             ) from error
         finally:
             for hook in hooks:

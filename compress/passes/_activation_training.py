@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from compress.passes.base import Batches
+from compress.passes.base import Batches, Inputs
 from spaces.vision.vanillanet import identity_share
 
 __all__ = ["AnnealedBatches", "Fading"]
@@ -56,7 +56,7 @@ class AnnealedBatches:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
         share = identity_share(self._epoch, self._decay_epochs, self._schedule)
         for one in self._fading:
             one.share = share

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.data import move
 from compress.passes.base import Context
 from nas.errors import UserMistake
 from spaces.layers.low_rank import LowRankConv2d, LowRankLinear, SplitLowRankLinear
@@ -240,14 +241,14 @@ def _called(model: nn.Module, named: dict[nn.Module, list[str]], example: tuple[
     return sorted(layers.values(), key=lambda layer: list(named).index(layer.module))
 
 
-def _inputs(context: Context, batches: int) -> list[Tensor]:
+def _inputs(context: Context, batches: int) -> list[tuple[Tensor, ...]]:
     if not batches:
         return []
     if context.train is None:
         raise UserMistake("low_rank: calibrating needs data; give train=, or calibrate=false")
     found = []
-    for inputs, _ in context.train:
-        found.append(inputs.to(context.device))
+    for batch in context.train:
+        found.append(move(batch, context.device)[0])
         if len(found) == batches:
             break
     if not found:
@@ -256,7 +257,9 @@ def _inputs(context: Context, batches: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _moments(model: nn.Module, layers: Sequence[Layer], seen: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def _moments(
+    model: nn.Module, layers: Sequence[Layer], seen: Sequence[tuple[Tensor, ...]]
+) -> dict[str, list[Tensor]]:
     """For each layer: number of outputs seen, their sum (out,) and second moment (out, out), bias taken off."""
     if not seen:
         return {}
@@ -279,7 +282,7 @@ def _moments(model: nn.Module, layers: Sequence[Layer], seen: Sequence[Tensor]) 
             module = model.get_submodule(layer.name)
             stack.callback(module.register_forward_hook(watch(layer.name)).remove)
         for inputs in seen:
-            model(inputs)
+            model(*inputs)
     return found
 
 
@@ -306,10 +309,10 @@ def _parts(layer: Layer, count: int, moments: list[Tensor] | None) -> list[Part]
 
 
 @torch.no_grad()
-def _measure_sensitivity(model: nn.Module, layers: Sequence[Layer], inputs: Tensor) -> None:
+def _measure_sensitivity(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> None:
     """How far the model's outputs move, relative to the share of energy lost, when one layer alone loses half of what
     it could keep and still be cheaper."""
-    before = _flat(model(inputs))
+    before = _flat(model(*inputs))
     scale = before.square().mean().clamp(min=1e-30)
     for layer in layers:
         count = len(layer.parts)
@@ -317,8 +320,8 @@ def _measure_sensitivity(model: nn.Module, layers: Sequence[Layer], inputs: Tens
         ranks = [min(even, len(part.energies)) for part in layer.parts]
         lost = sum(float(losses[rank:].sum()) for losses, rank in zip(layer.losses(), ranks, strict=True))
         own = model.get_submodule(layer.name)
-        put(model, layer.names, factorised(layer, ranks).to(inputs.device))
-        moved = (_flat(model(inputs)) - before).square().mean() / scale
+        put(model, layer.names, factorised(layer, ranks).to(inputs[0].device))
+        moved = (_flat(model(*inputs)) - before).square().mean() / scale
         put(model, layer.names, own)
         layer.sensitivity = max(float(moved) / lost, 1e-12) if lost > 1e-12 else 1.0
 

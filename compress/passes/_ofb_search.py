@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from compress.data import move
+from compress.data import answer
 from compress.finetune import distillation_loss
 from compress.passes._ofb_cost import Cost, cost_loss, expected_widths
 from compress.passes._ofb_extract import Plan
@@ -24,7 +24,7 @@ from compress.passes._ofb_gate import LAMBDA_END, LAMBDA_START, SCORE_STD, Gate
 from compress.passes._ofb_losses import CLAMP, sparsity_losses
 from compress.passes._ofb_slicing import Slicer
 from compress.passes._ofb_supernet import Dimensions, Supernet
-from compress.passes.base import Batches, Context, Loss, PassFailed
+from compress.passes.base import Context, Inputs, PassFailed
 
 __all__ = [
     "History",
@@ -152,7 +152,7 @@ class _Run:
         for epoch in range(self.options.epochs):
             for batch in self.context.train or ():
                 self._schedule(step)
-                self._step(*move(batch, self.context.device))
+                self._step(batch)
                 step += 1
                 if step % every == 0 and not self.net.decided:
                     self.net.compress(self.options.threshold, self.slicer)
@@ -177,15 +177,15 @@ class _Run:
         for group in self.weights.param_groups:
             group["lr"] = rate
 
-    def _step(self, inputs: Tensor, labels: Any) -> None:
-        outputs = self.net(inputs)
-        loss = self.context.loss(outputs, labels)
+    def _step(self, batch: tuple[Inputs, Tensor]) -> None:
+        found = answer(self.net, batch, self.context)
+        loss = found.loss
         share = self.options.distillation if self.context.teacher is not None else 0.0
         if share and self.context.teacher is not None:
             with torch.no_grad():
-                taught = self.context.teacher(inputs)
-            loss = (1 - share) * loss + share * distillation_loss(outputs, taught)
-        rebuilt = self.net.reconstruction(inputs)
+                taught = self.context.teacher(*found.inputs)
+            loss = (1 - share) * loss + share * distillation_loss(found.outputs, taught)
+        rebuilt = self.net.reconstruction(*found.inputs)
         total = loss
         if rebuilt is not None:  # both terms then have the same value, as in the original
             total = total + (loss / rebuilt.clamp(min=1e-8)).detach() * rebuilt
@@ -205,26 +205,23 @@ class _Run:
             optimizer.step()
 
 
-def taylor_importance(
-    model: nn.Module, dimensions: Dimensions, batches: Batches, loss: Loss, device: torch.device
-) -> list[Tensor]:
-    """Squared change of the loss, to first order, when a unit is taken away; summed over some batches.
+def taylor_importance(model: nn.Module, dimensions: Dimensions, context: Context) -> list[Tensor]:
+    """Squared change of the loss, to first order, when a unit is taken away; summed over some training batches.
 
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019), the gate form.
 
     Returns:
         (heads, channels) for every gate, in the order of ``Supernet(model, dimensions).gates()``.
     """
-    net = Supernet(model, dimensions).to(device).eval()
+    net = Supernet(model, dimensions).to(context.device).eval()
     gates = list(net.gates())
     for gate in gates:
         gate.fused = True
-        gate.probe = torch.ones(gate.dense, device=device, requires_grad=True)
+        gate.probe = torch.ones(gate.dense, device=context.device, requires_grad=True)
     probes = [gate.probe for gate in gates if gate.probe is not None]
     totals = [torch.zeros(gate.dense) for gate in gates]
-    for batch in itertools.islice(iter(batches), _TAYLOR_BATCHES):
-        inputs, labels = move(batch, device)
-        gradients = torch.autograd.grad(loss(net(inputs), labels), probes)
+    for batch in itertools.islice(context.train or (), _TAYLOR_BATCHES):
+        gradients = torch.autograd.grad(answer(net, batch, context).loss, probes)
         for total, gradient in zip(totals, gradients, strict=True):
             total += gradient.detach().cpu().float() ** 2
     return totals

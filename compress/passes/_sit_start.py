@@ -60,14 +60,19 @@ def balanced_groups(places: Tensor, groups: int) -> Tensor:
 
 
 def fit_to_neighbours(
-    model: nn.Module, slimmings: Sequence[TokenSlimming], inputs: Tensor, grid: tuple[int, int], *, seed: int
+    model: nn.Module,
+    slimmings: Sequence[TokenSlimming],
+    inputs: Sequence[Tensor],
+    grid: tuple[int, int],
+    *,
+    seed: int,
 ) -> None:
     """Teach each of ``slimmings`` in place to average groups of neighbouring tokens, one behind the other.
 
     Args:
         model: holds the slimmings; in evaluation mode, not changed otherwise.
         slimmings: in the order in which they run.
-        inputs: some dozens of inputs of the model, on its device.
+        inputs: what the model is called with, some dozens of samples, on its device.
         grid: rows and columns of the patch tokens in front of the first slimming.
         seed: of the draw of samples.
     """
@@ -77,17 +82,17 @@ def fit_to_neighbours(
         belongs = balanced_groups(places, slimming.tokens)
         members = nn.functional.one_hot(belongs, slimming.tokens).T.float()  # (K, N)
         wanted = members / members.sum(1, keepdim=True)
-        _fit(slimming, _tokens_before(model, slimming, inputs), wanted.to(inputs.device), seed)
+        _fit(slimming, _tokens_before(model, slimming, inputs), wanted.to(inputs[0].device), seed)
         places = wanted @ places  # where the new tokens lie
 
 
-def _tokens_before(model: nn.Module, slimming: TokenSlimming, inputs: Tensor) -> Tensor:
+def _tokens_before(model: nn.Module, slimming: TokenSlimming, inputs: Sequence[Tensor]) -> Tensor:
     seen: list[Tensor] = []
     handle = slimming.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
         with torch.no_grad():
-            for batch in inputs.split(_BATCH):
-                model(batch)
+            for batch in zip(*(x.split(_BATCH) for x in inputs), strict=True):
+                model(*batch)
     finally:
         handle.remove()
     return torch.cat(seen)[:, slimming.prefix :]

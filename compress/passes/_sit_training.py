@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.data import move
+from compress.data import loss_of, move
 from compress.finetune import distillation_loss
 from compress.passes.base import Context, PassFailed
 from nas.errors import UserMistake
@@ -75,7 +75,7 @@ def listening(model: nn.Module, prefix: int) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def block_tokens(model: nn.Module, inputs: Tensor, *, prefix: int = 1) -> tuple[Any, list[Tensor]]:
+def block_tokens(model: nn.Module, *inputs: Tensor, prefix: int = 1) -> tuple[Any, list[Tensor]]:
     """Outputs of ``model`` and the patch tokens (B, tokens, C) behind each of its blocks, slimmed where it slims.
 
     Args:
@@ -84,7 +84,7 @@ def block_tokens(model: nn.Module, inputs: Tensor, *, prefix: int = 1) -> tuple[
         prefix: number of tokens in front of the patches, which are left out.
     """
     with listening(model, prefix) as tokens:
-        return model(inputs), tokens
+        return model(*inputs), tokens
 
 
 def reverse_modules(counts: Sequence[int], patches: int, dim: int, *, ratio: float = 4.0) -> nn.ModuleList:
@@ -197,11 +197,11 @@ def recalibrate(
 def _reverse_of(
     model: nn.Module, teacher: nn.Module, context: Context, how: Recalibration, prefix: int
 ) -> nn.ModuleList:
-    example = context.example[0].to(context.device)
+    example = [x.to(context.device) for x in context.example]
     model.eval()
     with torch.no_grad():
-        _, slimmed = block_tokens(model, example, prefix=prefix)
-        _, full = block_tokens(teacher, example, prefix=prefix)
+        _, slimmed = block_tokens(model, *example, prefix=prefix)
+        _, full = block_tokens(teacher, *example, prefix=prefix)
     model.train()
     counts = [tokens.shape[1] for tokens in slimmed]
     with torch.random.fork_rng([]):
@@ -253,13 +253,13 @@ def _epochs(
             inputs, labels = move(batch, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 with torch.no_grad():
-                    taught, taught_tokens = block_tokens(teacher, inputs, prefix=prefix)
+                    taught, taught_tokens = block_tokens(teacher, *inputs, prefix=prefix)
                     if not same:
-                        taught = logits_of(inputs)
-                outputs, tokens = block_tokens(model, inputs, prefix=prefix)
+                        taught = logits_of(*inputs)
+                outputs, tokens = block_tokens(model, *inputs, prefix=prefix)
                 recovered = recover(tokens, reverse)
             loss = recalibration_loss(
-                context.loss(outputs, labels) + _hard_term(outputs, inputs, how),
+                loss_of(context, outputs, inputs, labels) + _hard_term(outputs, inputs, how),
                 outputs,
                 recovered,
                 taught,
@@ -305,13 +305,13 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _hard_term(outputs: Any, inputs: Tensor, how: Recalibration) -> Tensor:
+def _hard_term(outputs: Any, inputs: Sequence[Tensor], how: Recalibration) -> Tensor:
     """Cross entropy with the hard teacher's decisions, of the distillation head where there is one."""
     last = outputs[-1] if isinstance(outputs, (tuple, list)) else outputs
     if how.hard_teacher is None:
         return last.new_zeros(())  # type: ignore[no-any-return]
     with torch.no_grad():
-        decisions = how.hard_teacher(inputs).argmax(-1)
+        decisions = how.hard_teacher(*inputs).argmax(-1)
     return how.hard_weight * nn.functional.cross_entropy(last.float(), decisions)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.data import move
+from compress.data import answer
 from compress.passes.base import Context, PassFailed
 from compress.structure import Block, Mlp, ViTStructure
 
@@ -110,8 +110,7 @@ def taylor_gradients(model: nn.Module, context: Context, batches: int) -> list[d
     found = []
     with _learning(wanted):
         for number, batch in enumerate(itertools.islice(context.train or (), batches), 1):
-            inputs, labels = move(batch, context.device)
-            loss = context.loss(model(inputs), labels)
+            loss = answer(model, batch, context).loss
             if not torch.isfinite(loss):
                 raise PassFailed(
                     f"the loss is {loss.item()} on minibatch {number}, so no importance can be taken from it"

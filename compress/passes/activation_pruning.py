@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.finetune import finetune
+from compress.data import inputs_of
+from compress.finetune import epochs_of, finetune
 from compress.outputs import relative_gap
 from compress.passes import register_pass
 from compress.passes._activation_pairs import Found, Pair, find_pairs, is_identity, run
@@ -168,8 +169,7 @@ class ActivationPruning(Pass):
         return [pairs[place] for place in order[: round(self.share * len(pairs))]]
 
     def _fade(self, model: nn.Module, names: Sequence[str], context: Context) -> None:
-        epochs = self.epochs if self.epochs is not None else context.epochs
-        epochs = _EPOCHS if epochs is None else epochs
+        epochs = epochs_of(self.epochs, context, _EPOCHS, must=True)
         fading = [Fading(model.get_submodule(name)) for name in names]
         for name, one in zip(names, fading, strict=True):
             _put(model, name, one)
@@ -273,8 +273,7 @@ def _varied(model: nn.Module, example: Sequence[Tensor], seed: int) -> list[Tens
 def _samples(model: nn.Module, context: Context) -> list[Tensor]:
     if context.train is None:
         return _varied(model, context.example, context.seed)
-    images = next(iter(context.train))[0][:_SAMPLES]
-    return _moved(model, [images])
+    return _moved(model, [x[:_SAMPLES] for x in inputs_of(next(iter(context.train)))])
 
 
 def _moved(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:

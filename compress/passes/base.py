@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -22,14 +22,21 @@ __all__ = [
     "Batches",
     "Budget",
     "Context",
+    "Inputs",
     "Loss",
     "Pass",
     "PassFailed",
     "classification_loss",
+    "is_one_logit",
 ]
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Batches of (inputs, labels), the first dimension of both is the batch; can be gone through again and again."""
+Inputs = Tensor | Sequence[Tensor]
+"""Of a model of one input, or of several, in the order in which it takes them; the batch comes first in each."""
+
+Batches = Iterable[tuple[Inputs, Tensor]]
+"""Batches of (inputs, labels), the first dimension of all is the batch; can be gone through again and again.
+
+``compress.data`` reads them: ``answer`` for a model's outputs and loss, ``inputs_of`` and ``move`` for their parts."""
 
 Loss = Callable[[Any, Tensor], Tensor]
 """What the model gave (in training mode, where that differs) and the labels -> a scalar."""
@@ -132,11 +139,26 @@ class Budget:
 def classification_loss(outputs: Any, labels: Tensor) -> Tensor:
     """Cross entropy of logits (B, classes); a tuple (distilled models in training) is averaged over its members.
 
-    Labels are classes (B,) or probabilities (B, classes).
+    Labels are classes (B,) or probabilities (B, classes). A single output, (B, 1) or (B,), is the logit of a chance,
+    and its labels are 0, 1 or chances between, (B, 1) or (B,).
+
+    Raises UserMistake when labels of a single output are no chances.
     """
     if isinstance(outputs, (tuple, list)):
         return torch.stack([classification_loss(one, labels) for one in outputs]).mean()
-    return nn.functional.cross_entropy(outputs.float(), labels)
+    if not is_one_logit(outputs):
+        return nn.functional.cross_entropy(outputs.float(), labels)
+    low, high = (float(x) for x in labels.aminmax())
+    if not 0 <= low <= high <= 1:
+        raise UserMistake(
+            f"train: labels of one output must lie in [0, 1], not {low:g} to {high:g}; give loss= for other numbers"
+        )
+    return nn.functional.binary_cross_entropy_with_logits(outputs.float().flatten(), labels.float().flatten())
+
+
+def is_one_logit(outputs: Tensor) -> bool:
+    """Whether ``outputs`` holds one number for each sample: a softmax over it would be 1 whatever it is."""
+    return outputs.dim() == 1 or outputs.shape[-1] == 1
 
 
 def _quiet(text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.finetune import finetune
+from compress.finetune import epochs_of, finetune
 from compress.measuring import compare_on_target
 from compress.passes import register_pass
 from compress.passes._emoe_grouping import Grouping, group_units
@@ -249,16 +249,14 @@ class Emoe(Pass):
         return self._verdicts[key][0]
 
     def _finetune(self, model: nn.Module, context: Context) -> None:
-        epochs = self.epochs if self.epochs is not None else context.epochs
-
-        def balance(model: nn.Module, inputs: Tensor, outputs: Any, taught: Any) -> Tensor:
+        def balance(model: nn.Module, inputs: tuple[Tensor, ...], outputs: Any, taught: Any) -> Tensor:
             return self.balance * summed_balance(model)
 
         with in_training(model, noise=self.noise, momentum=self.momentum, official=self.official):
             finetune(
                 model,
                 context,
-                epochs=0 if context.train is None else _EPOCHS if epochs is None else epochs,
+                epochs=epochs_of(self.epochs, context, _EPOCHS),
                 learning_rate=self.learning_rate,
                 weight_decay=_DECAY,
                 distillation=self.distillation,

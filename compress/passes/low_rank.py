@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from compress.finetune import finetune
+from compress.finetune import epochs_of, finetune
 from compress.passes import register_pass
 from compress.passes._low_rank_analysis import Layer, factorised, find_layers, fingerprint, put
 from compress.passes._low_rank_choice import Keep, Ranks, Speed, by_budget, by_energy, by_rank
@@ -135,12 +135,10 @@ class LowRank(Pass):
         for layer in layers:
             if layer.name in ranks:
                 put(result, layer.names, factorised(layer, ranks[layer.name]))
-        epochs = self.epochs if self.epochs is not None else context.epochs
-        trained = ranks and context.train is not None
         finetune(
             result,
             context,
-            epochs=0 if not trained else _EPOCHS if epochs is None else epochs,
+            epochs=epochs_of(self.epochs, context, _EPOCHS) if ranks else 0,
             learning_rate=self.learning_rate,
             distillation=self.distillation,
         )

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.data import move
-from compress.finetune import finetune
+from compress.data import answer
+from compress.finetune import epochs_of, finetune
 from compress.passes import register_pass
 from compress.passes.base import Context, Pass, PassFailed
 from compress.structure import ViTStructure, recognise
@@ -124,11 +124,10 @@ class NniPruning(Pass):
         if trained is not None:
             result.load_state_dict(trained)
         _remove(recognise(result), masks)
-        epochs = self.epochs if self.epochs is not None else context.epochs
         finetune(
             result,
             context,
-            epochs=0 if context.train is None else _EPOCHS if epochs is None else epochs,
+            epochs=epochs_of(self.epochs, context, _EPOCHS),
             learning_rate=self.learning_rate,
             distillation=self.distillation,
         )
@@ -214,8 +213,7 @@ def _evaluator(model: nn.Module, context: Context, learning_rate: float) -> Any:
     optimizer = trace(kind)(model.parameters(), lr=learning_rate)
 
     def loss_of(batch: Any, model: nn.Module, *_: Any, **__: Any) -> Tensor:
-        inputs, labels = batch
-        loss = context.loss(model(inputs), labels)
+        loss = answer(model, batch, context).loss
         if not torch.isfinite(loss):
             raise PassFailed(
                 f"nni: the loss became {loss.item()} while its pruner was at work; lower learning_rate"
@@ -232,7 +230,7 @@ def _evaluator(model: nn.Module, context: Context, learning_rate: float) -> Any:
     ) -> None:
         for batch in itertools.islice(_endless(context), max_steps):
             optimizer.zero_grad()
-            step(move(batch, context.device), model).backward()
+            step(batch, model).backward()
             optimizer.step()
 
     return _from_nni("compression").TorchEvaluator(run, optimizer, loss_of)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.finetune import finetune
+from compress.finetune import epochs_of, finetune
 from compress.passes import register_pass
 from compress.passes._ofb_cost import Cost, Macs, Parameters, Work
 from compress.passes._ofb_extract import Plan, expand, extract, plan_of, repair
@@ -189,8 +189,7 @@ class Ofb(Pass):
         known = dict(zip(supernet.gates(), magnitude, strict=True))
         price = cost if measure == "params" else Work(dense, supernet.sites, context.example)
         untrained = repair(plan_of(supernet), supernet, cost, goal.limit, known, price=price)
-        epochs = _EPOCHS if context.epochs is None else context.epochs
-        epochs = epochs if self.epochs is None else self.epochs
+        epochs = epochs_of(self.epochs, context, _EPOCHS, must=True)
         if context.probe:
             return extract(dense, supernet, untrained)
         reference = dense if goal.share is not None else extract(dense, supernet, untrained)
@@ -285,7 +284,7 @@ class Ofb(Pass):
     def _taylor(self, model: nn.Module, context: Context) -> list[Tensor]:
         if context.train is None:
             return magnitude_importance(model, self._dimensions())
-        return taylor_importance(model, self._dimensions(), context.train, context.loss, context.device)
+        return taylor_importance(model, self._dimensions(), context)
 
     def _dimensions(self) -> Dimensions:
         return Dimensions(

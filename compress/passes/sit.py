@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.data import inputs_of
+from compress.finetune import epochs_of
 from compress.passes import register_pass
 from compress.passes._sit_start import balanced_groups, fit_to_neighbours, grid_of
 from compress.passes._sit_training import (
@@ -36,7 +38,7 @@ from compress.passes._sit_training import (
 )
 from compress.passes.base import Context, Pass
 from compress.structure import StructureError, recognise
-from nas.errors import UnknownNameError, UserMistake
+from nas.errors import UnknownNameError, UserMistake, first_line
 from spaces.layers.token_slimming import TokenSlimming, kept_tokens
 from spaces.vision.lv_vit import HOSTS, SLIM_AFTER
 
@@ -236,8 +238,7 @@ class Sit(Pass):
             torch.manual_seed(context.seed)
             made = insert_slimmings(slimmed, after, tokens, ratio=self.ratio, prefix=prefix)
         self._try(slimmed, full, context.example)
-        epochs = self.epochs if self.epochs is not None else context.epochs
-        epochs = _EPOCHS if epochs is None else epochs
+        epochs = epochs_of(self.epochs, context, _EPOCHS, must=True)
         if context.probe:
             return slimmed
         if self.start == "neighbours" and context.train is not None:
@@ -245,7 +246,7 @@ class Sit(Pass):
                 f"sit: {patches} tokens, then {', '.join(map(str, tokens))}; fitting the slimmings"
             )
             slimmed.to(context.device)
-            samples = _samples(context).to(context.device)
+            samples = [x.to(context.device) for x in _samples(context)]
             with torch.inference_mode(False), torch.enable_grad():
                 fit_to_neighbours(slimmed, made, samples, grid_of(model, patches), seed=context.seed)
         if epochs:
@@ -299,7 +300,7 @@ class Sit(Pass):
         except Exception as error:  # the model is anybody's
             raise StructureError(
                 f"sit: {type(full).__name__} does not run with fewer tokens ({type(error).__name__}: "
-                f"{(str(error).strip() or '-').splitlines()[0][:150]})"
+                f"{first_line(error, 150)})"
             ) from error
         if own.shape != other.shape:
             raise StructureError(
@@ -372,16 +373,16 @@ def _first(outputs: Any) -> Tensor:
     return outputs[0] if isinstance(outputs, (tuple, list)) else outputs  # type: ignore[no-any-return]
 
 
-def _samples(context: Context) -> Tensor:
+def _samples(context: Context) -> list[Tensor]:
     """Some training inputs."""
-    found: list[Tensor] = []
-    for inputs, _ in context.train or ():
-        found.append(inputs)
-        if sum(len(one) for one in found) >= _SAMPLES:
+    found: list[tuple[Tensor, ...]] = []
+    for batch in context.train or ():
+        found.append(inputs_of(batch))
+        if sum(len(one[0]) for one in found) >= _SAMPLES:
             break
     if not found:
         raise UserMistake("train: the data gave no batch")
-    return torch.cat(found)[:_SAMPLES]
+    return [torch.cat(several)[:_SAMPLES] for several in zip(*found, strict=True)]
 
 
 def _draw(slimming: TokenSlimming) -> None:

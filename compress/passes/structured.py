@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from compress.finetune import finetune
+from compress.finetune import epochs_of, finetune
 from compress.passes import register_pass
 from compress.passes._unit_scores import Criterion, Scorer, taylor_gradients
 from compress.passes.base import Context, Pass
@@ -110,11 +110,10 @@ class Structured(Pass):
             else:
                 gradients = taylor_gradients(result, context, self.batches)
         self._cut(result, Scorer(criterion, gradients))
-        epochs = self.epochs if self.epochs is not None else context.epochs
         finetune(
             result,
             context,
-            epochs=0 if context.train is None else _EPOCHS if epochs is None else epochs,
+            epochs=epochs_of(self.epochs, context, _EPOCHS),
             learning_rate=self.learning_rate,
             distillation=self.distillation,
         )

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from compress.finetune import finetune
+from compress.finetune import epochs_of, finetune
 from compress.outputs import require_same
 from compress.passes import register_pass
 from compress.passes.base import Context, Pass
@@ -118,11 +118,10 @@ class TokenMerging(Pass):
         require_same(result, model, context.example, _NO_PLAIN_BLOCKS)
         blocks.amounts = tuple(amounts)
         context.report(f"pairs merged in each block: {', '.join(map(str, amounts))}")
-        epochs = context.epochs if self.epochs is None else self.epochs
         finetune(
             result,
             context,
-            epochs=epochs or 0,
+            epochs=epochs_of(self.epochs, context, 0),
             learning_rate=self.learning_rate,
             distillation=self.distillation,
         )

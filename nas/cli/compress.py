@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from nas.errors import UserMistake
+from nas.errors import UserMistake, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from compress.result import CompressionResult
 
 __all__ = ["register"]
+
+_IMAGES = "image_classification"
 
 
 def register(app: typer.Typer) -> None:
@@ -36,8 +38,10 @@ def compress(
         None, help="A checkpoint for the model: .safetensors, or a state dict."
     ),
     pretrained: bool = typer.Option(False, "--pretrained", help="Let timm download its published weights."),
-    task: str = typer.Option("image_classification", help="Task of --data."),
-    data: str | None = typer.Option(None, help="What to train and judge on: digits, cifar10, a folder, ..."),
+    task: str = typer.Option(_IMAGES, help="Task of --data: what it is learned and judged as."),
+    data: str | None = typer.Option(
+        None, help="What to train and judge on: digits, cifar10, generated-clicks, a folder, ..."
+    ),
     data_root: str | None = typer.Option(None, help="Where data sets lie."),
     size: str | None = typer.Option(None, help="Size of the input: 224 (default: the model's own)."),
     target: str = typer.Option("cpu:1", help="DEVICE[:THREADS][+bf16|+fp16][+RUNTIME][@BATCH]."),
@@ -66,8 +70,9 @@ def compress(
         check_empty(out)
     source, inputs = _load(model, size, pretrained=pretrained, weights=weights)
     lesson = _task(task, data, data_root, inputs)
+    origin = _origin(model)
     if lesson is not None:
-        _fit(source, lesson, inputs, console)
+        _fit(source, lesson, inputs, origin, console)
     if weights is not None:
         _read_weights(source, weights)
     result = run(
@@ -79,7 +84,7 @@ def compress(
         seed=seed,
         epochs=epochs,
         example=inputs if lesson is None else None,
-        origin=_origin(model),
+        origin=origin,
         measure_seconds=measure_seconds,
         savable=out is not None,
         report=lambda line: console.print(Text(line, style="dim"), soft_wrap=True),
@@ -121,10 +126,18 @@ def _load(
     return model, inputs
 
 
-def _fit(model: Any, task: Any, inputs: tuple[Tensor, ...], console: Any) -> None:
-    """A classifier for the classes of the data; pictures with the model's number of channels."""
+def _fit(
+    model: Any, task: Any, inputs: tuple[Tensor, ...], origin: dict[str, Any] | None, console: Any
+) -> None:
+    """A classifier for the classes of the data; pictures with the model's number of channels, or its very features."""
     from rich.text import Text
 
+    made_for = origin["signature"] if origin is not None else None
+    if made_for is not None and task.name != _IMAGES and not _same_signature(made_for, task.signature):
+        raise UserMistake(
+            f"--data: the model was made for other features or vocabularies than those of this {task.name} data; give "
+            "the data that it was searched for"
+        )
     channels, classes = getattr(task.signature, "channels", None), getattr(task.signature, "classes", None)
     if channels is not None and channels != inputs[0].shape[1]:
         raise UserMistake(
@@ -138,13 +151,19 @@ def _fit(model: Any, task: Any, inputs: tuple[Tensor, ...], console: Any) -> Non
         console.print(Text(line, style="yellow"), soft_wrap=True)
 
 
+def _same_signature(described: dict[str, Any], signature: Any) -> bool:
+    from nas.export import read_signature
+
+    return bool(read_signature(described, Path("architecture.json")) == signature)
+
+
 def _downloaded(name: str, model: nn.Module) -> nn.Module:
     import timm
 
     try:
         made: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # every layer of the download raises kinds of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = first_line(error, 160)
         raise UserMistake(
             f"--pretrained: the weights of {name} cannot be had ({reason}); give --weights FILE instead"
         ) from None
@@ -201,10 +220,17 @@ def _origin(text: str) -> dict[str, Any] | None:
 def _task(name: str, data: str | None, root: str | None, inputs: tuple[Tensor, ...]) -> Any:
     """The task, its pictures as large as the model takes them."""
     if data is None:
+        if name != _IMAGES:
+            raise UserMistake(f"--task {name}: is what --data is learned as; give --data too")
         return None
     from nas.tasks import make_task
 
     options: dict[str, Any] = {"data": data, "data_root": root}
-    if name == "image_classification":
+    if name == _IMAGES:
+        if len(inputs) != 1 or inputs[0].dim() != 4:
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            raise UserMistake(
+                f"--task {name}: needs a model of pictures, this one takes {shapes}; give --task"
+            )
         options["image_size"] = int(inputs[0].shape[-1])
     return make_task(name, **options)

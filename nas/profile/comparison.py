@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nas.errors import UserMistake, nearest
+from nas.errors import UserMistake, first_line, nearest
 from nas.profile.by_fvcore import count_by_fvcore
 from nas.profile.by_thop import count_by_thop
 from nas.profile.by_torch import count_by_torch
@@ -122,7 +122,7 @@ def compare(
             raise
         except Exception as problem:  # a counter that cannot follow a model is told of, the others go on
             logger.info("%s cannot count this model", name, exc_info=True)
-            failures[name] = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            failures[name] = first_line(problem)
             error = problem
     if error is not None and not counts:
         raise error

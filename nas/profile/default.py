@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from nas.errors import first_line
 from nas.profile.by_torch import count_by_torch
 from nas.profile.skeleton import empty, skeleton
 
@@ -71,7 +72,7 @@ def with_or_without_data(
         Exception
     ) as error:  # anything may go wrong without data; with data the model's own errors come out
         logger.info(
-            "%s cannot run without data (%s); counted with data", type(model).__name__, _first_line(error)
+            "%s cannot run without data (%s); counted with data", type(model).__name__, first_line(error, 200)
         )
     return count(_frozen(copy.deepcopy(model)), [x.detach() for x in inputs]), "data"
 
@@ -79,7 +80,3 @@ def with_or_without_data(
 def _frozen(model: nn.Module) -> nn.Module:
     """FlopCounterMode follows gradients, and stumbles over parameters that a module is called with."""
     return model.eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

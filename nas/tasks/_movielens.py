@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import UserMistake
+from nas.errors import UserMistake, first_line
 from nas.tasks._click_data import ClickData, Field
 from nas.tasks.cache import cached
 
@@ -158,7 +158,7 @@ def _table(path: Path, kinds: dict[str, str]) -> list[NDArray[Any]]:
     try:
         table = csv.read_csv(path, convert_options=options)
     except (pyarrow.ArrowException, KeyError, OSError) as error:
-        reason = str(error).strip("'\"").splitlines()[0][:200]
+        reason = first_line(error).strip("'\"")[:200]
         raise UserMistake(
             f"{path.name} cannot be read ({reason}); it needs the columns {', '.join(_COLUMNS[path.name])} of MovieLens"
         ) from None

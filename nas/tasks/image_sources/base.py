@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from nas.errors import UserMistake
+from nas.errors import UserMistake, first_line
 
 __all__ = [
     "ACCEPTED",
@@ -92,8 +92,3 @@ def check_bytes(size: int, where: str) -> None:
     """Raises UserMistake for an encoded image too large to be read."""
     if size > _MAX_IMAGE_BYTES:
         raise UserMistake(f"image {where} is larger than {_MAX_IMAGE_BYTES >> 20} MiB; shrink or remove it")
-
-
-def first_line(error: Exception) -> str:
-    """What ``error`` says, in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
