@@ -16,7 +16,7 @@ from typing import Any
 from nas.latency import machine, nvml
 from nas.latency.target import Target
 
-__all__ = ["Reading", "judge", "read_machine"]
+__all__ = ["Reading", "judge", "read_machine", "unsettled"]
 
 WALL_CPU = 1.05
 """Wall over CPU time of a single-threaded call: above, other work ran on the core for more than 5 % of the time. A
@@ -41,6 +41,11 @@ second and 1 to 4 ms are lost in each; at 1 ms each, 50 are the 5 % of ``WALL_CP
 
 LEAST_SWITCHES = 3
 """So few in the whole session touch too few calls to move a median."""
+
+LEAST_QUIET = 1 / 3
+"""Share of the visits with the reference near its fast tenth on both sides. Some 0.95 on an idle machine, 0.4 beside a
+core that is busy half of the time, which is borne; at 0.25, with neighbours of a virtual machine in its caches, models
+were 5 % off (up to 13 %) and unlike each other, whatever was done with their times."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,19 @@ def judge(
             if wall_cpu_ratio is None or before.thread_switches is None:
                 reasons += _load(before, after)
     return reasons + _gpu(before.gpu, after.gpu)
+
+
+def unsettled(quiet_share: float) -> list[str]:
+    """The reason not to trust a session of which only this share, 0 to 1, was quiet; none where it is enough.
+
+    It sees what no counter of this system tells: who shares the processor's caches and memory from outside.
+    """
+    if quiet_share >= LEAST_QUIET:
+        return []
+    return [
+        f"the reference was near its best in {quiet_share:.0%} of the visits only (bound {LEAST_QUIET:.0%}): something "
+        "else, here or beside this virtual machine, used the core or its caches"
+    ]
 
 
 def _ratio(ratio: float | None) -> list[str]:

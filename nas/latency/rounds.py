@@ -164,6 +164,12 @@ class Rounds:
         clock = self.clock
         return [visit.ratio(clock) for visit in track.quiet(clock, self.ceiling(), self.plan.min_rounds)]
 
+    def quiet_share(self) -> float:
+        """Share of all visits, 0 to 1, that were quiet on both sides."""
+        clock, ceiling = self.clock, self.ceiling()
+        visits = [visit for track in self.tracks.values() for visit in track.visits]
+        return sum(visit.noise(clock) <= ceiling for visit in visits) / max(1, len(visits))
+
     def session_ms(self) -> float:
         """The reference's median in the quiet part of this session."""
         ceiling = self.ceiling()

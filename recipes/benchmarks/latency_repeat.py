@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--models", type=int, default=30)
     parser.add_argument("--load", type=int, default=0, help="processes that load the machine at random")
-    parser.add_argument("--seconds", type=float, default=150.0, help="for one session of ours, at most")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for one session of ours, at most")
     parser.add_argument("--precision", type=float, default=0.004, help="half-width at which ours stops")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -148,6 +148,8 @@ def ours(models: Models, plan: Plan, priority: str, scale: Path) -> tuple[dict[s
         "reasons": sorted({reason for result in results for reason in result.reasons}),
         "median_runs_of_a_model": statistics.median(result.runs for result in results),
         "median_half_width": statistics.median(result.half_width for result in results),
+        "quiet_share": sum(result.quiet_rounds for result in results)
+        / sum(result.rounds for result in results),
     }
     return {name: result.median_ms for name, result in found.results.items()}, facts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from nas.latency.compare import all_decided, compare, compare_all
+from nas.latency.guard import unsettled
 from nas.latency.rounds import Plan, Rounds
 from nas.latency.runner import Times
 from nas.latency.statistics import (
@@ -238,6 +240,20 @@ def test_a_given_scale_is_used_instead_of_the_sessions_own() -> None:
     assert rounds.long_run_ms() == 1.0
     assert statistics.median(rounds.reference_times()) == pytest.approx(2.0)
     assert statistics.median(rounds.ratios(rounds.tracks["m"])) * rounds.long_run_ms() == pytest.approx(5.0)
+
+
+def test_a_machine_that_is_never_quiet_is_told_from_one_that_is_busy_now_and_then() -> None:
+    """Beside neighbours that nobody sees the reference scatters all the time; a busy core leaves pauses."""
+    calm = Machine(noise=0.015).session({"m": 5.0}, Plan(10.0, 1e-9))
+    assert calm.quiet_share() > 0.8
+    assert unsettled(calm.quiet_share()) == []
+    pauses = Machine(noise=0.015, slowness=lambda at: 1.4 if at % 2.0 < 1.0 else 1.0)
+    busy = pauses.session({"m": 5.0}, Plan(20.0, 1e-9))
+    assert 0.35 < busy.quiet_share() < 0.6
+    assert unsettled(busy.quiet_share()) == []
+    smeared = Machine(slowness=lambda at: 1.2 + 0.2 * math.sin(40 * at)).session({"m": 5.0}, Plan(10.0, 1e-9))
+    [reason] = unsettled(smeared.quiet_share())
+    assert re.search(r"near its best in \d+% of the visits only \(bound 33%\)", reason)
 
 
 def test_the_most_rounds_end_a_comparison_too() -> None:
