@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,15 @@ def test_inputs_of_another_batch_are_refused() -> None:
         measure(nn.Linear(4, 4), (torch.randn(3, 4),), ONE)
 
 
-def test_one_scale_serves_all_measurements_of_a_run(tmp_path: Path) -> None:
+def machine_is(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[], list[str]]) -> None:
+    """The guard's verdict, whatever the machine under the tests does."""
+    measuring = sys.modules["nas.latency.measure"]
+    monkeypatch.setattr(measuring, "judge", lambda *a, **k: verdict())
+    monkeypatch.setattr(measuring, "unsettled", lambda share: [])
+
+
+def test_one_scale_serves_all_measurements_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_is(monkeypatch, list)
     options = Options(scale=tmp_path / "reference.json")
     model, x = deep(3), (torch.randn(1, 64),)
     first, second = (measure(model, x, ONE, max_seconds=0.1, options=options) for _ in range(2))
@@ -279,7 +287,7 @@ def test_one_scale_serves_all_measurements_of_a_run(tmp_path: Path) -> None:
 
 def test_a_disturbed_session_is_nobodys_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(scale=tmp_path / "reference.json", retries=0)
-    monkeypatch.setattr(sys.modules["nas.latency.measure"], "judge", lambda *a, **k: ["throttled"])
+    machine_is(monkeypatch, lambda: ["throttled"])
     assert not measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=0.02, options=options).trusted
     assert not (tmp_path / "reference.json").exists()
 
@@ -323,14 +331,23 @@ def test_a_lost_lease_ends_the_measurement(tmp_path: Path) -> None:
 
 def test_what_was_out_of_bounds_is_measured_again_and_then_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = iter([["a"], []])
-    monkeypatch.setattr(sys.modules["nas.latency.measure"], "judge", lambda *a, **k: next(verdicts))
+    machine_is(monkeypatch, lambda: next(verdicts))
     x = (torch.randn(1, 4),)
     assert measure(nn.Linear(4, 4), x, ONE, max_seconds=0.02).trusted
-    monkeypatch.setattr(
-        sys.modules["nas.latency.measure"], "judge", lambda *a, **k: ["steal 9 %, allowed 5 %"]
-    )
+    machine_is(monkeypatch, lambda: ["steal 9 %, allowed 5 %"])
     result = measure(nn.Linear(4, 4), x, ONE, max_seconds=0.02)
     assert (result.trusted, result.reasons) == (False, ("steal 9 %, allowed 5 %",))
+
+
+def test_a_reference_that_is_hardly_ever_near_its_best_is_a_reason_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine_is(monkeypatch, list)
+    monkeypatch.setattr(sys.modules["nas.latency.measure"], "unsettled", lambda share: [f"{share:.0%} quiet"])
+    result = measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=0.02, options=Options(retries=0))
+    assert not result.trusted
+    assert len(result.reasons) == 1
+    assert result.reasons[0].endswith("% quiet")
 
 
 def test_peak_memory_is_measured_where_asked_for() -> None:
