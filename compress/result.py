@@ -107,7 +107,8 @@ class CompressionResult:
         from rich.table import Table
 
         table = Table(title=f"{self.target}, {self.budget or 'no budget'}")
-        table.add_column("after", overflow="fold")
+        # On a narrow terminal the figures would leave nothing of the names.
+        table.add_column("after", overflow="fold", min_width=16)
         for head in self._heads():
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.rows():

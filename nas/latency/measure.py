@@ -369,10 +369,11 @@ def _energy_per_call(runner: Callable[[], Times], target: Target) -> float | Non
 
 def _check(target: Target, models: Mapping[str, tuple[Any, Any]], plan: Plan, against: str | None) -> None:
     numbers = {"max_seconds": plan.max_seconds, "precision": plan.precision, "min_rounds": plan.min_rounds}
-    if plan.limit_ms is not None:
-        numbers["limit_ms"] = plan.limit_ms
+    for name in ("limit_ms", "most_rounds"):
+        if (value := getattr(plan, name)) is not None:
+            numbers[name] = value
     for name, value in numbers.items():
-        least = LEAST_ROUNDS if name == "min_rounds" else 0
+        least = LEAST_ROUNDS if name.endswith("_rounds") else 0
         if not (math.isfinite(value) and value >= least and value > 0):
             raise UserMistake(
                 f"{name}={value} must be finite and {f'at least {least}' if least else 'above 0'}"

@@ -36,8 +36,8 @@ class LatencyResult:
         samples: timed calls; ``runs``: calls of the model in all, warm-up included.
         rounds: visits; ``quiet_rounds``: those while the reference ran within 10 % of its fastest tenth. They make the
             ratio and its interval; where they were too few, the quietest visits do.
-        stopped: why no more was measured: the interval was ``precision`` narrow, the ``decision`` was clear, or the
-            ``time`` was up.
+        stopped: why no more was measured: the interval was ``precision`` narrow, the ``decision`` was clear, the
+            ``time`` was up, or all ``rounds`` that the plan allows were made.
         half_width: half of the interval over the median.
         drift: the reference's last third over its first third; 1 when the machine did not drift.
         splits: how often the reference's level changed by more than 5 %.
@@ -94,8 +94,8 @@ class LatencyResult:
 
     @property
     def precise(self) -> bool:
-        """Whether it was not the time that ended the measurement."""
-        return self.stopped != "time"
+        """Whether neither the time nor the number of rounds ended the measurement."""
+        return self.stopped not in ("time", "rounds")
 
     def holds(self, limit_ms: float) -> bool:
         """Whether the latency is surely at most ``limit_ms``: the upper end of its interval is."""

@@ -49,7 +49,7 @@ class Plan:
         min_rounds: visits before any interval is believed.
         limit_ms: with it a model is done as soon as it is surely above the limit. One that is surely below goes on: its
             figure is wanted.
-        most_rounds: visits after which a model is done whatever its interval.
+        most_rounds: visits after which a model is done whatever its interval; None: as many as the time allows.
         together: all models are visited until ``Rounds(done=...)`` says so, because they are to be compared. Every
             other round is in the reverse order of the one before, and the reference is visited less often: models
             between the same two visits of it are compared directly, without its noise.
@@ -60,7 +60,7 @@ class Plan:
     precision: float = 0.01
     min_rounds: int = 9
     limit_ms: float | None = None
-    most_rounds: int = 1000
+    most_rounds: int | None = None
     together: bool = False
     seed: int = 0
 
@@ -220,11 +220,10 @@ class Rounds:
         self._moved = self._now()
         self._moving = sum(track.first.wall for track in self._all()) / 1000
         while active := [track for track in self.tracks.values() if track.stopped is None]:
-            late = self._now() - self._begun >= self.plan.max_seconds and self.number >= LEAST_ROUNDS
-            if late or (self.plan.together and self.number >= self.plan.most_rounds):
+            if reason := self._over():
                 self._close_visits()
                 for track in active:
-                    track.stopped = "time"
+                    track.stopped = reason
                 return
             self._move()
             self._round(active)
@@ -240,6 +239,14 @@ class Rounds:
                 if self._done(self):
                     for track in active:
                         track.stopped = "decision"
+
+    def _over(self) -> str | None:
+        """Why no further round is made for anybody; None while there is one."""
+        plan = self.plan
+        if plan.together and plan.most_rounds is not None and self.number >= plan.most_rounds:
+            return "rounds"
+        late = self._now() - self._begun >= plan.max_seconds
+        return "time" if late and self.number >= LEAST_ROUNDS else None
 
     def _move(self) -> None:
         """Put the weights elsewhere when it is time, and run every model once there."""
@@ -300,8 +307,8 @@ class Rounds:
         clock, plan, ceiling = self.clock, self.plan, self.ceiling()
         for track in active:
             count = len(track.visits)
-            if count >= plan.most_rounds:
-                track.stopped = "time"
+            if plan.most_rounds is not None and count >= plan.most_rounds:
+                track.stopped = "rounds"
             if count < track.next_look:
                 continue
             # An interval looked at after every round is soon narrow by chance.

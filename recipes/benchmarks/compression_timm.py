@@ -42,6 +42,7 @@ MODELS = (
     "vit_base_patch16_224",
 )
 TEXTS = {
+    "emoe": ["emoe:keep=anyway"],
     "dynamic_quantization": ["dynamic_quantization:keep_anyway=true"],
     "low_rank": ["low_rank:keep=anyway"],
     "structured": ["structured", "structured:units=mlp"],

@@ -257,6 +257,11 @@ def test_impossible_settings_are_refused(options: dict[str, Any], message: str) 
         measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, **options)
 
 
+def test_too_few_rounds_are_refused() -> None:
+    with pytest.raises(UserMistake, match="most_rounds=3 must be finite and at least 6"):
+        measure_together({"a": (nn.Linear(4, 4), (torch.randn(1, 4),))}, ONE, plan=Plan(1.0, most_rounds=3))
+
+
 def test_inputs_of_another_batch_are_refused() -> None:
     with pytest.raises(
         UserMistake, match=r"inputs\[0\] of model has batch 3, but target 'cpu:1' means 1; .* cpu@3"

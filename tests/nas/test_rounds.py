@@ -259,8 +259,14 @@ def test_a_machine_that_is_never_quiet_is_told_from_one_that_is_busy_now_and_the
 def test_the_most_rounds_end_a_comparison_too() -> None:
     plan = Plan(1e9, 1e-9, most_rounds=15, together=True)
     rounds = Machine(noise=0.05).session({"a": 5.0, "b": 5.0}, plan)
-    assert {track.stopped for track in rounds.tracks.values()} == {"time"}
+    assert {track.stopped for track in rounds.tracks.values()} == {"rounds"}
     assert {len(track.visits) for track in rounds.tracks.values()} == {15}
+
+
+def test_fast_models_are_compared_for_as_long_as_they_were_given() -> None:
+    rounds = Machine(noise=0.05).session({"a": 0.01, "b": 0.01}, Plan(8.0, 1e-9, together=True))
+    assert rounds.number > 1000
+    assert {track.stopped for track in rounds.tracks.values()} == {"time"}
 
 
 def test_calls_of_a_visit() -> None:
