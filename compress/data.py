@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.passes.base import Batches, Context, Inputs, Loss, is_one_logit
-from nas.errors import UserMistake, first_line
+from compress.passes.base import Batches, Context, Inputs, is_one_logit
+from nas.errors import UserMistake
 from nas.tasks.base import Batch, Task
 
 __all__ = [
@@ -21,14 +21,10 @@ __all__ = [
     "TaskLoss",
     "answer",
     "as_batches",
-    "check_fits",
-    "example_of",
     "inputs_of",
     "loss_of",
     "move",
 ]
-
-_FEW = 2  # samples to try a loss with
 
 
 class TaskBatches:
@@ -64,15 +60,18 @@ class TaskLoss:
         self.task = task
         self._unknown = (None,) * len(task.example_inputs(1, torch.device("cpu")))
 
-    def __call__(self, outputs: Any, labels: Tensor, inputs: Sequence[Tensor] | None = None) -> Tensor:
-        """Scalar. Without ``inputs``, a task that looks at them itself cannot be asked.
+    def __call__(
+        self, outputs: Any, labels: Tensor, inputs: Sequence[Tensor] | None = None, *, training: bool = True
+    ) -> Tensor:
+        """Scalar, as of a model that is in training, or not. Without ``inputs``, a task that looks at them itself
+        cannot be asked.
 
-        Raises UserMistake when the task calls the model with something else.
+        Raises UserMistake when the task calls the model with something else or twice, or asks for its weights.
         """
         if isinstance(outputs, (tuple, list)):
-            return torch.stack([self(one, labels, inputs) for one in outputs]).mean()
+            return torch.stack([self(one, labels, inputs, training=training) for one in outputs]).mean()
         given: Any = self._unknown if inputs is None else tuple(inputs)
-        return self.task.loss(_Answered(outputs, given), (*given, labels))
+        return self.task.loss(_Answered(outputs, given).train(training), (*given, labels))
 
 
 class _Answered(nn.Module):
@@ -80,14 +79,22 @@ class _Answered(nn.Module):
 
     def __init__(self, outputs: Any, inputs: tuple[Any, ...]):
         super().__init__()
-        self._outputs, self._inputs = outputs, inputs
+        self._outputs, self._inputs, self._asked = outputs, inputs, False
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Raises UserMistake: of a call that is over, no weights are known. ``parameters`` comes here too."""
+        raise UserMistake("it looks at the weights of the model, not at its outputs alone")
 
     def forward(self, *inputs: Any) -> Any:
-        """The outputs. Raises UserMistake for other inputs than those that they belong to."""
+        """The outputs. Raises UserMistake for other inputs than those that they belong to, or a second call."""
         if len(inputs) != len(self._inputs) or any(
             one is not own for one, own in zip(inputs, self._inputs, strict=True)
         ):
             raise UserMistake("it calls the model with something else than the inputs of the batch")
+        if self._asked:
+            # Dropout makes two calls of a model differ, two answers from here are the same.
+            raise UserMistake("it calls the model more than once")
+        self._asked = True
         return self._outputs
 
 
@@ -140,7 +147,7 @@ def as_batches(data: object, what: str, *, seed: int = 0) -> Batches:
     """
     if isinstance(data, Task):
         _check_task(data, what, seed)
-        data = TaskBatches(data, seed=seed)
+        return TaskBatches(data, seed=seed)  # looking at these would use up an epoch
     if not isinstance(data, Iterable):
         raise UserMistake(
             f"{what}: {type(data).__name__} cannot be gone through; give a DataLoader or a task"
@@ -160,61 +167,6 @@ def as_batches(data: object, what: str, *, seed: int = 0) -> Batches:
             "several inputs are a tuple within the pair"
         )
     return data
-
-
-def check_fits(model: nn.Module, example: Sequence[Tensor], train: Batches | None, loss: Loss) -> None:
-    """Raises UserMistake when ``model``, on the CPU, does not run on ``example``, or a task cannot take its loss."""
-    shapes = ", ".join(str(tuple(x.shape)) for x in example)
-    with torch.no_grad():
-        try:
-            model(*example)
-        except Exception as error:  # the model is anybody's
-            raise UserMistake(
-                f"model: {type(model).__name__} does not run on the inputs {shapes} of its data or example "
-                f"({type(error).__name__}: {first_line(error)})"
-            ) from error
-        if not isinstance(loss, TaskLoss) or not isinstance(train, TaskBatches):
-            return
-        # The first batch of the task itself: looking must not use up an epoch of ``train``.
-        inputs, labels = next(iter(TaskBatches(train.task, train.batch_size, train.seed)))
-        few = tuple(x[:_FEW] for x in inputs_of((inputs, labels)))
-        try:
-            loss(model(*few), labels[:_FEW], few)
-        except Exception as error:  # the task may be anybody's too
-            raise UserMistake(
-                f"train: the loss of task {train.task.name!r} cannot be taken of the outputs of "
-                f"{type(model).__name__} ({first_line(error)}); give batches and loss="
-            ) from error
-
-
-def example_of(model: nn.Module, *sources: Batches | Task | None) -> tuple[Tensor, ...]:
-    """Inputs of one call with one sample, on the CPU: from the first source that is there, else the model's own size.
-
-    Raises UserMistake when neither tells.
-    """
-    for source in sources:
-        if isinstance(source, Task):
-            return tuple(x.cpu() for x in source.example_inputs(1, torch.device("cpu")))
-        if source is not None:
-            again = next(iter(source), None)
-            if again is None:
-                raise UserMistake(
-                    f"{type(source).__name__}: yields no batch when it is gone through for the second time; give a "
-                    "DataLoader, a list or a task"
-                )
-            return tuple(x[:1].detach().cpu().clone() for x in inputs_of(again))
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    grid = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if grid is not None:
-        # The model may have been made for another size than its published weights.
-        channels = int(getattr(getattr(model.patch_embed, "proj", None), "in_channels", 3))
-        size = (channels, *grid)
-    if size is None:
-        raise UserMistake(
-            "example: the model does not tell the size of its inputs; give train=, validation= or example="
-        )
-    return (torch.randn(1, *size, generator=torch.Generator().manual_seed(0)),)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import answer
-from compress.passes.base import Context, PassFailed, is_one_logit
+from compress.passes.base import Context, PassFailed, batches_of, class_axis, is_one_logit
 from nas.errors import TrialFailure, UserMistake
 from nas.tasks.base import Objective, Split, Task
 from nas.training import TrainConfig, TrainResult, train
@@ -96,27 +96,41 @@ def finetune(
         model.to(home).eval()
 
 
-def distillation_loss(outputs: Any, teacher: Any, temperature: float = 2.0) -> Tensor:
+def distillation_loss(outputs: Any, teacher: Any, temperature: float = 2.0, *, axis: int = -1) -> Tensor:
     """Kullback-Leibler divergence from the teacher's distribution, softened by ``temperature``, times its square.
 
-    Outputs (B, ..., classes) are logits of one distribution for each sample and position, over which the mean is
-    taken. A single output, (B, 1) or (B,), is the logit of a chance: both distributions are then Bernoulli's. A tuple
-    of outputs (distilled models in training) counts as the mean of its members. Source: Hinton, Vinyals and Dean,
-    "Distilling the Knowledge in a Neural Network", section 2.
+    Outputs are logits of one distribution for each sample and position, over which the mean is taken. A single output,
+    (B, 1) or (B,), is the logit of a chance: both distributions are then Bernoulli's. A tuple of outputs (distilled
+    models in training) counts as the mean of its members. Source: Hinton, Vinyals and Dean, "Distilling the Knowledge
+    in a Neural Network", section 2.
+
+    Args:
+        outputs, teacher: (B, classes); or with positions (B, ..., classes), with ``axis=1`` (B, classes, ...).
+        temperature: above 0.
+        axis: of the classes; ``class_axis`` tells that of a context: 1 where its loss is a cross entropy.
+
+    Raises UserMistake when outputs with positions have one number along ``axis``: no distribution lies there.
     """
     if isinstance(outputs, (tuple, list)):
-        return torch.stack([distillation_loss(one, teacher, temperature) for one in outputs]).mean()
+        return torch.stack(
+            [distillation_loss(one, teacher, temperature, axis=axis) for one in outputs]
+        ).mean()
     wanted = torch.stack(list(teacher)).mean(0) if isinstance(teacher, (tuple, list)) else teacher
-    own, other = (_log_chances(x.float() / temperature) for x in (outputs, wanted))
+    own, other = (_log_chances(x.float() / temperature, axis) for x in (outputs, wanted))
     return nn.functional.kl_div(own, other, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _log_chances(logits: Tensor) -> Tensor:
+def _log_chances(logits: Tensor, axis: int) -> Tensor:
     """(samples and positions, classes) logarithms."""
     if is_one_logit(logits):
         one = logits.reshape(-1)
         return torch.stack((nn.functional.logsigmoid(-one), nn.functional.logsigmoid(one)), dim=-1)
-    return nn.functional.log_softmax(logits, dim=-1).flatten(0, -2)
+    if logits.shape[axis] == 1:
+        raise UserMistake(
+            f"distillation: outputs {tuple(logits.shape)} have one number where their classes should be; give the "
+            "model another form of outputs, or distillation=0"
+        )
+    return nn.functional.log_softmax(logits.movedim(axis, -1), dim=-1).flatten(0, -2)
 
 
 class _Lesson(Task):
@@ -134,7 +148,7 @@ class _Lesson(Task):
         self, *, epoch: int, batch_size: int, seed: int, device: torch.device, train_fraction: float = 1.0
     ) -> Iterator[Any]:
         """The caller's pairs, wherever they lie: ``loss`` moves them."""
-        yield from self._context.train or ()
+        yield from batches_of(self._context)
 
     def batches_per_epoch(self, batch_size: int, train_fraction: float = 1.0) -> int:
         """Number of the caller's batches."""
@@ -148,7 +162,9 @@ class _Lesson(Task):
                 taught = self._context.teacher(*found.inputs)
         total = (1 - self._distillation) * found.loss
         if self._distillation:
-            total = total + self._distillation * distillation_loss(found.outputs, taught, self._temperature)
+            axis = class_axis(self._context)
+            taught_loss = distillation_loss(found.outputs, taught, self._temperature, axis=axis)
+            total = total + self._distillation * taught_loss
         if self._extra is not None:
             total = total + self._extra(model, found.inputs, found.outputs, taught)
         return total

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.budgeting import Costs, fitting_passes
-from compress.data import Judge, Judgement, TaskLoss, as_batches, check_fits, example_of
+from compress.data import Judge, Judgement, TaskLoss, as_batches
+from compress.fits import check_fits, example_of, look_at
 from compress.measuring import count, measure_against
 from compress.origins import origin_of
 from compress.outputs import difference
@@ -94,11 +95,12 @@ def compress(
     original = _private_copy(model, chosen)
     tell = report or logger.info
     data = _Data(train, validation, seed, chosen)
+    looks = [look_at(one, name) for name, one in data.sources()]
     inputs = (example,) if isinstance(example, Tensor) else example
-    inputs = inputs or example_of(original, data.validation, data.train)
+    inputs = inputs or example_of(original, *looks)
     inputs = tuple(x[:1].detach().cpu() for x in inputs)
     chosen_loss = loss or data.loss
-    check_fits(original, inputs, data.train, chosen_loss)
+    check_fits(original, inputs, looks, chosen_loss)
     start, reason = (dict(origin), None) if origin is not None else _origin_or_none(original)
     reason = reason or why_not_savable(original, start, inputs)
     if reason and savable:
@@ -170,6 +172,11 @@ class _Data:
             if one.requires and self.train is None:
                 needs = " and ".join(sorted(one.requires))
                 raise UserMistake(f"pass {one.name!r} needs data ({needs}); give train=")
+
+    def sources(self) -> list[tuple[str, Batches | Task]]:
+        """What there is, with its name; the validation data first, since it is not augmented."""
+        both = (("validation", self.validation), ("train", self.train))
+        return [(name, one) for name, one in both if one is not None]
 
     def judge(self, device: torch.device) -> Judge | None:
         return None if self.validation is None else Judge(self.validation, device)

@@ -24,7 +24,7 @@ from compress.passes._ofb_gate import LAMBDA_END, LAMBDA_START, SCORE_STD, Gate
 from compress.passes._ofb_losses import CLAMP, sparsity_losses
 from compress.passes._ofb_slicing import Slicer
 from compress.passes._ofb_supernet import Dimensions, Supernet
-from compress.passes.base import Context, Inputs, PassFailed
+from compress.passes.base import Context, Inputs, PassFailed, batches_of, class_axis
 
 __all__ = [
     "History",
@@ -123,7 +123,7 @@ class _Run:
     ):
         self.net, self.cost, self.target = supernet, cost, target
         self.context, self.options = context, options
-        self.per_epoch = sum(1 for _ in context.train or ())
+        self.per_epoch = sum(1 for _ in batches_of(context))
         if self.per_epoch == 0:
             raise PassFailed("ofb: the training data gave no batch")
         self.total = self.per_epoch * options.epochs
@@ -150,7 +150,7 @@ class _Run:
         calls = step = 0
         self.net.train()
         for epoch in range(self.options.epochs):
-            for batch in self.context.train or ():
+            for batch in batches_of(self.context):
                 self._schedule(step)
                 self._step(batch)
                 step += 1
@@ -184,7 +184,8 @@ class _Run:
         if share and self.context.teacher is not None:
             with torch.no_grad():
                 taught = self.context.teacher(*found.inputs)
-            loss = (1 - share) * loss + share * distillation_loss(found.outputs, taught)
+            taught_loss = distillation_loss(found.outputs, taught, axis=class_axis(self.context))
+            loss = (1 - share) * loss + share * taught_loss
         rebuilt = self.net.reconstruction(*found.inputs)
         total = loss
         if rebuilt is not None:  # both terms then have the same value, as in the original
@@ -220,7 +221,7 @@ def taylor_importance(model: nn.Module, dimensions: Dimensions, context: Context
         gate.probe = torch.ones(gate.dense, device=context.device, requires_grad=True)
     probes = [gate.probe for gate in gates if gate.probe is not None]
     totals = [torch.zeros(gate.dense) for gate in gates]
-    for batch in itertools.islice(context.train or (), _TAYLOR_BATCHES):
+    for batch in itertools.islice(batches_of(context), _TAYLOR_BATCHES):
         gradients = torch.autograd.grad(answer(net, batch, context).loss, probes)
         for total, gradient in zip(totals, gradients, strict=True):
             total += gradient.detach().cpu().float() ** 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.data import loss_of, move
 from compress.finetune import distillation_loss
-from compress.passes.base import Context, PassFailed
+from compress.passes.base import Context, PassFailed, batches_of, class_axis
 from nas.errors import UserMistake
 from spaces.layers.token_slimming import ReverseTokenSlimming, TokenSlimming
 
@@ -117,6 +117,7 @@ def recalibration_loss(
     token_weight: float = 2.0,
     logit_weight: float = 2.0,
     temperature: float = 1.0,
+    axis: int = -1,
 ) -> LossParts:
     """``task`` + weighted mean over the blocks of the tokens' MSE + weighted KL from the teacher's logits.
 
@@ -125,13 +126,14 @@ def recalibration_loss(
         outputs, taught: logits (B, classes) of student and teacher; a tuple counts as the mean of its members.
         recovered, taught_tokens: (B, N0, C) for each block, of student and teacher.
         temperature: of both distributions, above 0; the KL term is multiplied by its square.
+        axis: of the classes, where outputs have more than two dimensions; see ``distillation_loss``.
     """
     errors = [
         nn.functional.mse_loss(own.float(), other.float())
         for own, other in zip(recovered, taught_tokens, strict=True)
     ]
     tokens = token_weight * torch.stack(errors).mean() if errors else task.new_zeros(())
-    logits = logit_weight * distillation_loss(outputs, taught, temperature)
+    logits = logit_weight * distillation_loss(outputs, taught, temperature, axis=axis)
     return LossParts(task + tokens + logits, task, tokens, logits)
 
 
@@ -248,7 +250,7 @@ def _epochs(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for epoch in range(how.epochs):
         total, steps = torch.zeros((), device=device), 0
-        for batch in context.train or ():
+        for batch in batches_of(context):
             _set_rates(optimizer, peaks, (epoch + min(1.0, steps / length)) / how.epochs)
             inputs, labels = move(batch, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -267,6 +269,7 @@ def _epochs(
                 token_weight=how.token_weight,
                 logit_weight=how.logit_weight,
                 temperature=how.temperature,
+                axis=class_axis(context),
             ).total
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

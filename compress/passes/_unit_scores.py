@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import answer
-from compress.passes.base import Context, PassFailed
+from compress.passes.base import Context, PassFailed, batches_of
 from compress.structure import Block, Mlp, ViTStructure
 
 __all__ = ["Criterion", "Scorer", "taylor_gradients"]
@@ -109,7 +109,7 @@ def taylor_gradients(model: nn.Module, context: Context, batches: int) -> list[d
     model.to(context.device).eval()
     found = []
     with _learning(wanted):
-        for number, batch in enumerate(itertools.islice(context.train or (), batches), 1):
+        for number, batch in enumerate(itertools.islice(batches_of(context), batches), 1):
             loss = answer(model, batch, context).loss
             if not torch.isfinite(loss):
                 raise PassFailed(

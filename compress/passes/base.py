@@ -26,6 +26,8 @@ __all__ = [
     "Loss",
     "Pass",
     "PassFailed",
+    "batches_of",
+    "class_axis",
     "classification_loss",
     "is_one_logit",
 ]
@@ -137,17 +139,28 @@ class Budget:
 
 
 def classification_loss(outputs: Any, labels: Tensor) -> Tensor:
-    """Cross entropy of logits (B, classes); a tuple (distilled models in training) is averaged over its members.
+    """Cross entropy of logits (B, classes, ...); a tuple (distilled models in training) is averaged over its members.
 
-    Labels are classes (B,) or probabilities (B, classes). A single output, (B, 1) or (B,), is the logit of a chance,
-    and its labels are 0, 1 or chances between, (B, 1) or (B,).
+    Labels are classes (B, ...) or probabilities (B, classes, ...). A single output, (B, 1) or (B,), is the logit of a
+    chance, and its labels are 0, 1 or chances between, (B, 1) or (B,).
 
-    Raises UserMistake when labels of a single output are no chances.
+    Raises UserMistake when labels of a single output are no chances or not as many, or for (B, 1, ...): of one class
+    the chance is always 1.
     """
     if isinstance(outputs, (tuple, list)):
         return torch.stack([classification_loss(one, labels) for one in outputs]).mean()
     if not is_one_logit(outputs):
+        if outputs.shape[1:2] == (1,):
+            raise UserMistake(
+                f"train: outputs {tuple(outputs.shape)} are logits of one class, from which nothing is learned; give "
+                "loss="
+            )
         return nn.functional.cross_entropy(outputs.float(), labels)
+    if labels.numel() != outputs.numel():
+        raise UserMistake(
+            f"train: labels {tuple(labels.shape)} do not fit outputs {tuple(outputs.shape)}, one number for each "
+            "sample; give loss="
+        )
     low, high = (float(x) for x in labels.aminmax())
     if not 0 <= low <= high <= 1:
         raise UserMistake(
@@ -158,7 +171,7 @@ def classification_loss(outputs: Any, labels: Tensor) -> Tensor:
 
 def is_one_logit(outputs: Tensor) -> bool:
     """Whether ``outputs`` holds one number for each sample: a softmax over it would be 1 whatever it is."""
-    return outputs.dim() == 1 or outputs.shape[-1] == 1
+    return outputs.dim() == 1 or outputs.shape[1:] == (1,)
 
 
 def _quiet(text: str) -> None:
@@ -203,6 +216,20 @@ class Context:
     def with_changes(self, **changes: Any) -> Context:
         """A copy with some fields replaced."""
         return replace(self, **changes)
+
+
+def batches_of(context: Context) -> Batches:
+    """The batches to learn from; none where there is no data.
+
+    Not ``context.train or ()``: that asks a loader for its length, and a stream has none.
+    """
+    return () if context.train is None else context.train
+
+
+def class_axis(context: Context) -> int:
+    """Along which axis outputs have their classes: 1 where the loss is a cross entropy of PyTorch, else the last."""
+    named = context.loss in (classification_loss, nn.functional.cross_entropy)
+    return 1 if named or isinstance(context.loss, nn.CrossEntropyLoss) else -1
 
 
 class Pass(ABC):

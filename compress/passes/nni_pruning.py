@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from compress.data import answer
 from compress.finetune import epochs_of, finetune
 from compress.passes import register_pass
-from compress.passes.base import Context, Pass, PassFailed
+from compress.passes.base import Context, Pass, PassFailed, batches_of
 from compress.structure import ViTStructure, recognise
 from compress.surgery import keep_heads, keep_mlp_units
 from nas.errors import UserMistake, nearest
@@ -239,7 +239,7 @@ def _evaluator(model: nn.Module, context: Context, learning_rate: float) -> Any:
 def _endless(context: Context) -> Any:
     while True:
         number = -1
-        for number, batch in enumerate(context.train or ()):  # noqa: B007  (asked for below)
+        for number, batch in enumerate(batches_of(context)):  # noqa: B007  (asked for below)
             yield batch
         if number < 0:
             raise PassFailed("nni: the training data gave no batch")

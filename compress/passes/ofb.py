@@ -33,6 +33,7 @@ from compress.passes._ofb_search import (
 )
 from compress.passes._ofb_supernet import Dimensions, Supernet
 from compress.passes.base import Context, Pass
+from compress.structure import StructureError
 from nas.errors import UserMistake
 
 __all__ = ["Dimensions", "Ofb", "Supernet", "expand", "extract", "load_searched", "load_searching"]
@@ -166,9 +167,14 @@ class Ofb(Pass):
         """The narrower model; see ``Pass.apply``.
 
         Raises:
+            StructureError: a model of several inputs.
             UserMistake: nothing can be narrowed, or not far enough for the target; or tied weights.
             PassFailed: the loss became NaN or infinite.
         """
+        if len(context.example) != 1:
+            raise StructureError(
+                f"{type(model).__name__} has {len(context.example)} inputs; widths are searched in models of one"
+            )
         _refuse_tied(model)
         home = next(model.parameters()).device
         with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):

@@ -36,7 +36,7 @@ from compress.passes._sit_training import (
     recover,
     reverse_modules,
 )
-from compress.passes.base import Context, Pass
+from compress.passes.base import Context, Pass, batches_of
 from compress.structure import StructureError, recognise
 from nas.errors import UnknownNameError, UserMistake, first_line
 from spaces.layers.token_slimming import TokenSlimming, kept_tokens
@@ -376,7 +376,7 @@ def _first(outputs: Any) -> Tensor:
 def _samples(context: Context) -> list[Tensor]:
     """Some training inputs."""
     found: list[tuple[Tensor, ...]] = []
-    for batch in context.train or ():
+    for batch in batches_of(context):
         found.append(inputs_of(batch))
         if sum(len(one[0]) for one in found) >= _SAMPLES:
             break

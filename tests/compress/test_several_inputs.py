@@ -18,7 +18,8 @@ from compress import compress, load
 from compress.data import TaskLoss, answer, as_batches
 from compress.finetune import distillation_loss, epochs_of, finetune
 from compress.passes import make_pass
-from compress.passes.base import Context
+from compress.passes.base import Context, classification_loss
+from compress.structure import StructureError
 from nas.cli.main import main
 from nas.errors import UserMistake
 from nas.tasks import make_task
@@ -192,6 +193,12 @@ def test_one_logit_is_learned_and_judged() -> None:
     assert result.final.metrics["accuracy"] > max(0.8, result.original.metrics["accuracy"])
 
 
+def test_a_search_of_widths_refuses_two_inputs_at_once() -> None:
+    why = r"pass 'ofb': TwoTowers has 2 inputs; widths are searched in models of one"
+    with pytest.raises(StructureError, match=why):
+        compress(towers(), "ofb:epochs=1", train=loader(), **QUICK)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +293,35 @@ def test_distillation_counts_positions_like_samples() -> None:
     own, taught = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     flat = distillation_loss(own.flatten(0, 1), taught.flatten(0, 1))
     torch.testing.assert_close(distillation_loss(own, taught), flat)
+
+
+class Ramp(nn.Module):
+    """More for later positions, whatever the class: as a distribution over the classes it changes nothing."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + torch.arange(4.0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("loss", [classification_loss, nn.functional.cross_entropy, nn.CrossEntropyLoss()])
+def test_the_teacher_teaches_the_classes_that_the_loss_counts(loss: Any) -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Conv1d(2, 3, 1), (torch.randn(2, 2, 4), torch.ones(2, 4).long())
+    context = Context(example=(batch[0][:1],), train=[batch], loss=loss, teacher=Ramp(model))
+    result = finetune(model, context, epochs=1, learning_rate=1e-9, distillation=1.0)
+    assert result is not None
+    assert result.history[0]["train_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_no_distribution_lies_in_one_number_for_each_position() -> None:
+    with pytest.raises(UserMistake, match=r"distillation: outputs \(2, 5, 1\) have one number"):
+        distillation_loss(torch.randn(2, 5, 1), torch.randn(2, 5, 1))
+    own, taught = torch.randn(2, 5, 1), torch.randn(2, 5, 1)
+    flat = distillation_loss(own[..., 0], taught[..., 0])
+    torch.testing.assert_close(distillation_loss(own, taught, axis=1), flat)
 
 
 def test_the_teacher_teaches_one_logit() -> None:
