@@ -1,7 +1,7 @@
 """What the comparison of compression methods shares: the task, a teacher trained to its plateau, fine-tuning, judging.
 
-Every method starts from the same checkpoint, sees the same batches of the same training images, and has the same number
-of epochs. Settings are chosen on validation images; test images are looked at once, by ``judged``.
+Every method starts from the same checkpoint, sees the same batches of the same training images, and is fine-tuned for
+the same number of epochs. Settings are chosen on validation images; test images are looked at once, by ``judged``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ __all__ = [
 ]
 
 SHAPE = {"embed_dim": 64, "depth": 8, "num_heads": 2}
-IMAGES, BATCH = 8_000, 64
-TEACHER_EPOCHS, TEACHER_RATE = 14, 2e-3
+IMAGES, BATCH = 8_000, 32
+TEACHER_EPOCHS, TEACHER_RATE = 24, 1e-3
 EPOCHS, RATES = 3, (5e-4, 1.5e-3)
-"""Of every method; all training that belongs to it counts, the search of OFB too. Validation chooses the rate."""
+"""Of fine-tuning, the same for every method. Validation chooses the rate."""
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,10 @@
 
 Vision transformers (depth 4-12, width 128-384, heads of 32 or 64, ratio 2-4, 96-192 pixels) and samples of three
 spaces, with the inputs of their tasks, are measured in two sessions; predictors are fitted to samples of the first and
-scored on the rest of the second, so that no score is better than the measurement repeats. Compared: this predictor on
-samples drawn at random and on samples that it chose, one constant x MACs, boosting on the knobs, a table of measured
-blocks. Further parts: batches pooled in one predictor, and a move to another target with 5 and 10 samples.
+scored on the rest of the second, so that no score is better than the measurement repeats (and, as ``same session``, on
+the rest of the first). Compared: this predictor on samples drawn at random and on samples that it chose, one constant x
+MACs, boosting on the knobs, a table of measured blocks. Further parts: batches pooled in one predictor, and a move to
+another target with 5 and 10 samples.
 
 ``--measurements`` keeps what was measured: a run that was cut short goes on there, and scoring needs no new
 measurement. Leave the machine alone meanwhile.
@@ -207,6 +208,8 @@ def compare(
             rest = pool[size:]
             ours = LatencyPredictor().fit([work[i] for i in train], first[train].tolist())
             rows.setdefault("random", []).append(predicted(ours, [work[i] for i in rest], second[rest]))
+            same = predicted(ours, [work[i] for i in rest], first[rest])
+            rows.setdefault("random, same session", []).append(same)
             constant = float(np.median(first[train] / macs[train]))
             rows.setdefault("macs", []).append(scores(macs[rest] * constant, second[rest]))
             if knobs is not None:
