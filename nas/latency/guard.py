@@ -43,9 +43,9 @@ LEAST_SWITCHES = 3
 """So few in the whole session touch too few calls to move a median."""
 
 LEAST_QUIET = 1 / 3
-"""Share of the visits with the reference near its fast tenth on both sides. Some 0.95 on an idle machine, 0.4 beside a
-core that is busy half of the time, which is borne; at 0.25, with neighbours of a virtual machine in its caches, models
-were 5 % off (up to 13 %) and unlike each other, whatever was done with their times."""
+"""Share of the visits with the reference near its fast tenth on both sides. Some 0.95 on an idle machine, 0.5 to 0.7
+beside a core that is busy half of the time, which is borne; where only 0.25 was quiet, models were 5 % off (up to 13 %)
+and unlike each other, whatever was done with their times."""
 
 
 @dataclass(frozen=True)

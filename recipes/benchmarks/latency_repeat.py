@@ -195,11 +195,15 @@ def load(processes: int, seed: int) -> Iterator[None]:
 
 
 def work_and_rest(seed: int) -> None:
-    """Matrix products or copies of memory for up to three seconds, then rest for as long at most."""
+    """Matrix products or copies of memory for up to three seconds, then rest for as long at most.
+
+    Ends by itself when the process that started it is gone, also if that was killed.
+    """
+    parent = os.getppid()
     torch.set_num_threads(1)
     rng = random.Random(seed)
     a, b = torch.randn(512, 512), torch.randn(8_000_000)
-    while True:
+    while os.getppid() == parent:
         until = time.monotonic() + rng.uniform(0.1, 3.0)
         products = rng.random() < 0.5
         while time.monotonic() < until:
