@@ -232,7 +232,8 @@ def test_without_time_it_still_measures_and_says_it_is_not_precise() -> None:
     assert result.rounds == 6
     assert result.stopped == "time"
     assert not result.precise
-    assert result.warmup_runs <= 2  # one, and one more where six rounds took long enough to move the weights
+    # One, and one more wherever a round took long enough for the weights to be moved.
+    assert 1 <= result.warmup_runs <= 1 + result.rounds
 
 
 def test_a_wide_precision_stops_early_and_an_impossible_one_does_not() -> None:
