@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
+from nas.files import CorruptFile, WriteFailed
 from spaces.errors import ArchitectureError, SpaceError, UnknownNameError, UserMistake, nearest
 
 __all__ = [
@@ -16,6 +20,7 @@ __all__ = [
     "UnknownNameError",
     "UserMistake",
     "first_line",
+    "mistakes_end",
     "nearest",
 ]
 
@@ -42,3 +47,14 @@ class RunStopped(RuntimeError):
 def first_line(error: BaseException, limit: int | None = None) -> str:
     """What ``error`` says, in one line of at most ``limit`` characters; the name of its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
+
+
+@contextmanager
+def mistakes_end(parser: ArgumentParser) -> Iterator[None]:
+    """For scripts: errors of ours end them in one line, a UserMistake with exit code 2, the others with 1."""
+    try:
+        yield
+    except UserMistake as mistake:
+        parser.error(str(mistake))
+    except (RunStopped, CorruptFile, WriteFailed) as stopped:
+        parser.exit(1, f"{parser.prog}: error: {stopped}\n")

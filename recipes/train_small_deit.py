@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 
+from nas.errors import mistakes_end
 from nas.tasks import make_task
 from nas.training import Progress, TrainConfig, train
 from nas.weights import load_tensors, load_weights, save_weights
@@ -30,9 +31,10 @@ def build(channels: int, classes: int, size: int) -> torch.nn.Module:
     return timm.create_model("deit_tiny_patch16_224", in_chans=channels, num_classes=classes, **shape)
 
 
-def load(weights: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+def load(weights: str | Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model in a file of ``main``, and what is written beside it; of another file, timm's DeiT-S with as many
     classes as the file has, and its size."""
+    weights = Path(weights)
     note = weights.with_suffix(".json")
     if note.exists():
         about = json.loads(note.read_text())
@@ -58,6 +60,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("small_deit.safetensors"))
     arguments = parser.parse_args()
+    with mistakes_end(parser):
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, test, write."""
     task = make_task("image_classification", data=arguments.data, data_root=arguments.data_root)
     wanted: Any = task.signature
     torch.manual_seed(arguments.seed)

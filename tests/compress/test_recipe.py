@@ -28,9 +28,26 @@ def run(name: str, *arguments: str, place: Path) -> subprocess.CompletedProcess[
 @pytest.mark.slow
 def test_without_a_network_it_says_how_to_go_on(tmp_path: Path) -> None:
     done = run("compress_deit.py", place=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "deit_small_patch16_224 cannot be downloaded (" in done.stderr
-    assert "python recipes/train_small_deit.py, then --weights small_deit.safetensors" in done.stderr
+    assert "give --weights FILE (recipes/train_small_deit.py makes one)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("compress_deit.py", ("--weights", "none.safetensors"), "weights none.safetensors: no such file"),
+        ("train_small_deit.py", ("--data", "nonsense"), "nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line(script: str, arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = run(script, *arguments, place=tmp_path)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"{script}: error: ")
+    assert said in last
     assert "Traceback" not in done.stderr
 
 
