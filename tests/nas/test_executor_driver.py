@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import errno
 import json
 import os
@@ -31,6 +32,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def open_handles() -> int:
+    gc.collect()  # what earlier tests left in cycles holds handles too
     return (
         len(os.listdir("/proc/self/fd")) if sys.platform.startswith("linux") else len(os.listdir("/dev/fd"))
     )
