@@ -16,7 +16,7 @@ from typing import Any
 from nas.latency import machine, nvml
 from nas.latency.target import Target
 
-__all__ = ["Reading", "judge", "read_machine", "unsettled"]
+__all__ = ["Reading", "displaced", "judge", "read_machine", "unsettled"]
 
 WALL_CPU = 1.05
 """Wall over CPU time of a single-threaded call: above, other work ran on the core for more than 5 % of the time. A
@@ -46,6 +46,10 @@ LEAST_QUIET = 1 / 3
 """Share of the visits with the reference near its fast tenth on both sides. Some 0.95 on an idle machine, 0.5 to 0.7
 beside a core that is busy half of the time, which is borne; where only 0.25 was quiet, models were 5 % off (up to 13 %)
 and unlike each other, whatever was done with their times."""
+
+LEVEL = 1.15
+"""How far the reference may be from its long-run time. Beyond, models were 7 to 27 % off: a machine that is slow
+throughout slows models by unlike factors, and a session has nothing faster to notice it by."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,27 @@ def unsettled(quiet_share: float) -> list[str]:
     return [
         f"the reference was near its best in {quiet_share:.0%} of the visits only (bound {LEAST_QUIET:.0%}): something "
         "else, here or beside this virtual machine, used the core or its caches"
+    ]
+
+
+def displaced(session_ms: float, long_run_ms: float | None, *, ratios_only: bool = False) -> list[str]:
+    """The reason not to trust a session in which the reference took another time than when the scale was set.
+
+    None where there is no scale yet. With ``ratios_only``, of models that are only compared with each other, a session
+    that is faster than the scale is not held against them.
+    """
+    if long_run_ms is None or long_run_ms / LEVEL <= session_ms <= long_run_ms * LEVEL:
+        return []
+    if session_ms > long_run_ms:
+        return [
+            f"the reference took {session_ms:.3g} ms, {long_run_ms:.3g} ms in the session that set the scale (bound "
+            f"{LEVEL:g} times): the machine was slower throughout"
+        ]
+    if ratios_only:
+        return []
+    return [
+        f"the reference took {session_ms:.3g} ms, {long_run_ms:.3g} ms in the session that set the scale (bound "
+        f"{LEVEL:g} times): that one was slow, so measure what was measured then again, with a new scale"
     ]
 
 

@@ -21,7 +21,7 @@ from nas.errors import UserMistake
 from nas.latency import extras
 from nas.latency.clocks import CONTENDED_ABOVE, clock_of, wall_cpu_ratio, worst_ratio
 from nas.latency.compare import MARGIN, all_decided, compare_all
-from nas.latency.guard import Reading, judge, read_machine, unsettled
+from nas.latency.guard import Reading, displaced, judge, read_machine, unsettled
 from nas.latency.identity import Identity, describe_inputs, identity_of
 from nas.latency.priority import Granted, undisturbed
 from nas.latency.reference import ReferenceTimes, reference_workload
@@ -284,9 +284,11 @@ class _Measurement:
         clock = rounds.clock
         ratio = worst_ratio(self.target, rounds.calls())
         found = judge(before, after, self.target, clock=clock, wall_cpu_ratio=ratio, priority=granted.kind)
-        reasons = (*found, *unsettled(rounds.quiet_share()))
         scale, digest = ReferenceTimes(self.options.scale), f"{self._scale_digest(granted)}-{clock}"
-        if not reasons and scale.get(digest) is None:  # a disturbed session must not be everybody's scale
+        known = scale.get(digest)
+        moved = displaced(rounds.session_ms(), known, ratios_only=self.plan.together)
+        reasons = (*found, *unsettled(rounds.quiet_share()), *moved)
+        if not reasons and known is None:  # a disturbed session must not be everybody's scale
             scale.put(digest, rounds.session_ms())
         results = {
             name: self._result(track, rounds, clock, granted, reasons, seconds)

@@ -8,8 +8,7 @@ import json
 import math
 import random
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from nas.latency import (
 )
 from nas.latency.clocks import clock_of
 from nas.latency.identity import Identity, comparable
-from nas.latency.reference import ReferenceTimes, reference_workload
 from nas.latency.runner import Times as _Times
 from nas.latency.self_test import SelfTest, agreement, self_test
 from nas.latency.statistics import median_interval
@@ -270,52 +268,11 @@ def test_inputs_of_another_batch_are_refused() -> None:
         measure(nn.Linear(4, 4), (torch.randn(3, 4),), ONE)
 
 
-def machine_is(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[], list[str]]) -> None:
-    """The guard's verdict, whatever the machine under the tests does."""
-    measuring = sys.modules["nas.latency.measure"]
-    monkeypatch.setattr(measuring, "judge", lambda *a, **k: verdict())
-    monkeypatch.setattr(measuring, "unsettled", lambda share: [])
-
-
-def test_one_scale_serves_all_measurements_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine_is(monkeypatch, list)
-    options = Options(scale=tmp_path / "reference.json")
-    model, x = deep(3), (torch.randn(1, 64),)
-    first, second = (measure(model, x, ONE, max_seconds=0.1, options=options) for _ in range(2))
-    assert first.reference_ms == second.reference_ms
-    assert second.median_ms == pytest.approx(second.ratio * first.reference_ms)
-    assert len(json.loads((tmp_path / "reference.json").read_text())) == 1
-    other = measure(model, x, Target.parse("cpu:1+bf16"), max_seconds=0.1, options=options)
-    assert other.reference_ms != first.reference_ms
-    (tmp_path / "reference.json").write_text("{torn")
-    assert measure(model, x, ONE, max_seconds=0.1, options=options).median_ms > 0
-
-
-def test_a_disturbed_session_is_nobodys_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = Options(scale=tmp_path / "reference.json", retries=0)
-    machine_is(monkeypatch, lambda: ["throttled"])
-    assert not measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=0.02, options=options).trusted
-    assert not (tmp_path / "reference.json").exists()
-
-
 def test_one_model_has_nobody_to_be_compared_with() -> None:
     found = measure_together(
         {"a": (nn.Linear(4, 4), (torch.randn(1, 4),))}, ONE, plan=Plan(0.05, 1e-12), pairs=True
     )
     assert (found.pairs, found.results["a"].stopped) == ((), "time")
-
-
-def test_reference_times_that_make_no_sense_are_not_used(tmp_path: Path) -> None:
-    path = tmp_path / "reference.json"
-    path.write_text('{"a": 1.5, "b": "x", "c": -1, "d": NaN}')
-    kept = ReferenceTimes(path)
-    assert [kept.get(name) for name in "abcde"] == [1.5, None, None, None, None]
-    assert ReferenceTimes(None).get("a") is None
-
-
-def test_the_reference_is_always_the_same() -> None:
-    (one, x), (two, y) = reference_workload(ONE), reference_workload(ONE)
-    assert torch.equal(one(*x), two(*y))
 
 
 def test_a_lost_lease_ends_the_measurement(tmp_path: Path) -> None:
@@ -333,27 +290,6 @@ def test_a_lost_lease_ends_the_measurement(tmp_path: Path) -> None:
         assert (
             measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=0.05, lease=lease).median_ms > 0
         )
-
-
-def test_what_was_out_of_bounds_is_measured_again_and_then_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = iter([["a"], []])
-    machine_is(monkeypatch, lambda: next(verdicts))
-    x = (torch.randn(1, 4),)
-    assert measure(nn.Linear(4, 4), x, ONE, max_seconds=0.02).trusted
-    machine_is(monkeypatch, lambda: ["steal 9 %, allowed 5 %"])
-    result = measure(nn.Linear(4, 4), x, ONE, max_seconds=0.02)
-    assert (result.trusted, result.reasons) == (False, ("steal 9 %, allowed 5 %",))
-
-
-def test_a_reference_that_is_hardly_ever_near_its_best_is_a_reason_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    machine_is(monkeypatch, list)
-    monkeypatch.setattr(sys.modules["nas.latency.measure"], "unsettled", lambda share: [f"{share:.0%} quiet"])
-    result = measure(nn.Linear(4, 4), (torch.randn(1, 4),), ONE, max_seconds=0.02, options=Options(retries=0))
-    assert not result.trusted
-    assert len(result.reasons) == 1
-    assert result.reasons[0].endswith("% quiet")
 
 
 def test_peak_memory_is_measured_where_asked_for() -> None:
