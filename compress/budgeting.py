@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from compress.measuring import count, measure_against
-from compress.passes.base import Adjustable, Context, Pass
+from compress.measuring import compare_on_target, count, measure_against
+from compress.passes.base import Adjustable, Budget, Context, Pass
 from compress.result import Step
 from nas.errors import UserMistake
 
-__all__ = ["Costs", "fitting_passes"]
+__all__ = ["Costs", "Fit", "fitting_passes"]
 
 _PROBES = 7
 _NARROW = 0.02
 _LONGER = 3
+_STEP = 0.03
 _AIM = 0.98
 """Latency is aimed at a little below the limit, so that the last measurement does not miss it by its noise."""
 
@@ -32,7 +34,7 @@ class Costs:
 
     def __init__(self, original: nn.Module, counted: Mapping[str, Any], context: Context, seconds: float):
         self._original, self._counted, self._context, self._seconds = original, counted, context, seconds
-        self.budget = context.budget
+        self.budget, self.report = context.budget, context.report
         self._latency: float | None = None
         if seconds > 0:
             session = measure_against(
@@ -55,7 +57,7 @@ class Costs:
         Latency is measured again, twice as long each time, while the interval holds the limit; if it still does in
         the end, the median decides.
         """
-        budget = self._need()
+        budget = self.need()
         if budget.kind != "latency":
             found = float(count(model, self._context.example)[budget.kind])
             value = found / self._counted[budget.kind] if budget.relative else found
@@ -80,24 +82,43 @@ class Costs:
                 break
         return value <= limit, value
 
+    def lowered_by(self, model: nn.Module) -> bool:
+        """Whether ``model`` costs less than the original in what the budget is of.
+
+        A latency counts as lowered where the MACs are; else it is measured.
+        """
+        counted, kind = count(model, self._context.example), self.need().kind
+        if kind != "latency":
+            return bool(counted[kind] < self._counted[kind])
+        if counted["macs"] < self._counted["macs"]:
+            return True
+        seconds = max(1.0, self._seconds / 4)
+        return compare_on_target(model, self._original, self._context, seconds=seconds).verdict == "faster"
+
+    def need(self) -> Budget:
+        """The budget. Raises ValueError where there is none."""
+        if self.budget is None:
+            raise ValueError("there is no budget")
+        return self.budget
+
     def holds(self, step: Step) -> bool:
         """Whether the finished step meets the budget: latency by its median; ``sure`` says whether beyond doubt."""
-        return bool(self._figures(step)[0] <= self._need().value)
+        return bool(self._figures(step)[0] <= self.need().value)
 
     def sure(self, step: Step) -> bool:
         """Whether the upper end of the interval meets it too."""
-        return bool(self._figures(step)[1] <= self._need().value)
+        return bool(self._figures(step)[1] <= self.need().value)
 
     def describe(self, step: Step) -> str:
         """The figure of a finished step, in words."""
         value, high = self._figures(step)
-        budget = self._need()
+        budget = self.need()
         unit = " of the original" if budget.relative else " ms" if budget.kind == "latency" else ""
         upper = f" (surely at most {high:.4g})" if budget.kind == "latency" else ""
         return f"{budget.kind} is {value:.4g}{unit}{upper}"
 
     def _figures(self, step: Step) -> tuple[float, float]:
-        budget = self._need()
+        budget = self.need()
         if budget.kind == "latency":
             if budget.relative:
                 found = step.ratio or {"ratio": 1.0, "high": 1.0}
@@ -108,53 +129,125 @@ class Costs:
         value = value / self._counted[budget.kind] if budget.relative else value
         return value, value
 
-    def _need(self) -> Any:
-        if self.budget is None:
-            raise ValueError("there is no budget")
-        return self.budget
+
+@dataclass(frozen=True)
+class Fit:
+    """Passes at strengths that meet a budget.
+
+    Attributes:
+        passes: at their strengths.
+        strengths: position among ``passes`` -> strength in [0, 1]. The others are as the caller made them: they cannot
+            be adjusted, or do not lower what the budget is of.
+    """
+
+    passes: tuple[Pass, ...]
+    strengths: Mapping[int, float]
+
+    @property
+    def strength(self) -> float | None:
+        """The common one; None where nothing is adjusted."""
+        return max(self.strengths.values(), default=None)
+
+    def stronger(self) -> Fit | None:
+        """A little stronger, for when the finished model misses the budget; None when that is not possible."""
+        if self.strength is None or self.strength >= 1:
+            return None
+        return _fit(self.passes, {at: min(1.0, one + _STEP) for at, one in self.strengths.items()})
 
 
 def fitting_passes(
-    passes: Sequence[Pass],
-    costs: Costs,
-    apply_all: Callable[[Sequence[Pass]], nn.Module],
-    *,
-    at_least: float | None = None,
-) -> tuple[list[Pass], float | None]:
-    """The passes at the weakest common strength that meets the budget, found by bisection, and that strength.
+    passes: Sequence[Pass], costs: Costs, apply_all: Callable[[Sequence[Pass]], nn.Module]
+) -> Fit:
+    """The passes at the weakest common strength that meets the budget, found by bisection.
+
+    A pass that alone, at full strength, does not lower what the budget is of stays as the caller made it. One without
+    which a counted budget is met too, because the others meet it by more than enough, stays at strength 0.
 
     Args:
         passes: those that are not adjustable stay as they are.
         apply_all: gives the shapes that passes lead to, untrained.
-        at_least: strength below which it is known to be missed; taken as it is (the measurement of the finished
-            model judges).
 
     Raises:
-        UserMistake: not even full strength meets it, or nothing is adjustable and it is missed.
+        UserMistake: not even full strength meets it, or, of a count, no adjustable pass lowers it and it is missed.
     """
-    budget, report = costs.budget, costs._context.report
-    assert budget is not None
-    if at_least is not None:
-        return _at(passes, at_least), at_least
-    adjustable = [one.name for one in passes if isinstance(one, Adjustable)]
+    adjustable = {at: one for at, one in enumerate(passes) if isinstance(one, Adjustable)}
     if not adjustable:
-        return list(passes), None  # the result is measured, and refused if it misses
-    met, value = costs.fits(apply_all(_at(passes, 1.0)))
-    if not met:
-        raise UserMistake(
-            f"budget {budget}: cannot be met: at full strength of {', '.join(adjustable)} "
-            f"{budget.kind} is still {value:.3g}, and {budget.value:.3g} is asked for; allow more, or add a pass"
+        return Fit(tuple(passes), {})  # the result is measured, and refused if it misses
+    helping = [at for at, one in adjustable.items() if _helps(one, costs, apply_all)]
+    for at in sorted(adjustable.keys() - set(helping)):
+        costs.report(
+            f"{passes[at].name}: even at full strength it does not lower the {costs.need().kind}; it stays as it is"
         )
+
+    def met_at(strength: float) -> bool:
+        met, value = costs.fits(apply_all(_fit(passes, dict.fromkeys(helping, strength)).passes))
+        costs.report(
+            f"strength {strength:.3f}: {costs.need().kind} {value:.4g}, wanted {costs.need().value:.4g}"
+        )
+        return met
+
+    if not helping and costs.need().kind == "latency":
+        return Fit(tuple(passes), {})  # it is measured in the end, more exactly
+    if met_at(0.0):
+        return _fit(passes, dict.fromkeys(helping, 0.0))
+    _require_reachable(passes, helping, costs, apply_all)
     weak, strong = 0.0, 1.0
-    for _ in range(_PROBES if budget.kind == "latency" else 2 * _PROBES):
-        if strong - weak <= (_NARROW if budget.kind == "latency" else 1e-3):
+    latency = costs.need().kind == "latency"
+    for _ in range(_PROBES if latency else 2 * _PROBES):
+        if strong - weak <= (_NARROW if latency else 1e-3):
             break
         middle = (weak + strong) / 2
-        met, value = costs.fits(apply_all(_at(passes, middle)))
-        report(f"strength {middle:.3f}: {budget.kind} {value:.4g}, wanted {budget.value:.4g}")
-        weak, strong = (weak, middle) if met else (middle, strong)
-    return _at(passes, strong), strong
+        weak, strong = (weak, middle) if met_at(middle) else (middle, strong)
+    strengths = dict.fromkeys(helping, strong)
+    return _fit(passes, strengths if latency else _without_needless(passes, strengths, costs, apply_all))
 
 
-def _at(passes: Sequence[Pass], strength: float) -> list[Pass]:
-    return [one.with_strength(strength) if isinstance(one, Adjustable) else one for one in passes]
+def _helps(one: Any, costs: Costs, apply_all: Callable[[Sequence[Pass]], nn.Module]) -> bool:
+    try:
+        return costs.lowered_by(apply_all([one.with_strength(1.0)]))
+    except UserMistake:
+        return True  # alone it cannot work: what it does behind the others is seen when all are applied
+
+
+def _require_reachable(
+    passes: Sequence[Pass],
+    helping: Sequence[int],
+    costs: Costs,
+    apply_all: Callable[[Sequence[Pass]], nn.Module],
+) -> None:
+    budget = costs.need()
+    met, value = costs.fits(apply_all(_fit(passes, dict.fromkeys(helping, 1.0)).passes))
+    if met:
+        return
+    names = ", ".join(passes[at].name for at in helping)
+    how = f"at full strength of {names}" if names else "by these passes, of which none lowers it further:"
+    raise UserMistake(
+        f"budget {budget}: cannot be met: {how} {budget.kind} is still {value:.3g}, and {budget.value:.3g} is asked "
+        "for; allow more, or add a pass"
+    )
+
+
+def _without_needless(
+    passes: Sequence[Pass],
+    strengths: Mapping[int, float],
+    costs: Costs,
+    apply_all: Callable[[Sequence[Pass]], nn.Module],
+) -> Mapping[int, float]:
+    """``strengths`` with 0 for those without which the budget is met too, the last ones first.
+
+    Some passes cannot do as little as the weakest strength asks for: a first token slimming takes a tenth at least.
+    """
+    for at in sorted(strengths, reverse=True):
+        fewer = {**strengths, at: 0.0}
+        if any(fewer.values()) and costs.fits(apply_all(_fit(passes, fewer).passes))[0]:
+            costs.report(f"{passes[at].name}: is not needed for the budget; strength 0")
+            strengths = fewer
+    return strengths
+
+
+def _fit(passes: Sequence[Pass], strengths: Mapping[int, float]) -> Fit:
+    made = [
+        one.with_strength(strengths[at]) if at in strengths and isinstance(one, Adjustable) else one
+        for at, one in enumerate(passes)
+    ]
+    return Fit(tuple(made), strengths)

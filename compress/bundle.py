@@ -15,11 +15,12 @@ from nas.environment import describe_environment
 from nas.errors import RunStopped, UserMistake, first_line
 from nas.files import atomic_write_json, sha256_file
 from nas.latency import Target
+from nas.latency.runtimes.base import twin
 
 if TYPE_CHECKING:
     from compress.result import CompressionResult
 
-__all__ = ["check_onnx", "write_bundle", "write_onnx"]
+__all__ = ["check_onnx", "in_float32", "write_bundle", "write_onnx"]
 
 BATCHES = (1, 7)
 _TOLERANCE = 1e-3
@@ -29,16 +30,19 @@ _SECONDS = 5.0
 def write_bundle(result: CompressionResult, out: Path) -> Path:
     """Write ``compressed.json``, ``weights.safetensors``, ``model.onnx`` (dynamic batch) and ``latency.json``.
 
-    The ONNX file is run in onnxruntime at batch 1 and 7 and its outputs are compared with the model's. A model whose
-    latency was not measured is measured now.
+    The ONNX file is in float32, whatever the numbers of the model are; the card tells both. It is run in onnxruntime
+    at batch 1 and 7 and its outputs are compared with those of the model in float32. A model whose latency was not
+    measured is measured now.
 
     Raises:
         UserMistake: the directory is not empty, or onnx or onnxruntime is missing.
-        RunStopped: the model cannot be written as ONNX, or onnxruntime computes something else.
+        RunStopped: the model does not run in float32 or cannot be written as ONNX, or onnxruntime computes something
+            else.
     """
     from compress.result import check_empty
 
     check_empty(out)
+    in_float32(result.model, result.example)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     staging.mkdir()
@@ -49,6 +53,9 @@ def write_bundle(result: CompressionResult, out: Path) -> Path:
         card = latency_card(result)
         card["onnx"] = {
             "sha256": sha256_file(onnx),
+            "dtype": "float32",
+            "model_dtypes": _dtypes(result.model),
+            "compared_with": "the model in float32",
             "largest_difference": {str(batch): gap for batch, gap in gaps.items()},
         }
         atomic_write_json(staging / "latency.json", card)
@@ -59,7 +66,7 @@ def write_bundle(result: CompressionResult, out: Path) -> Path:
 
 
 def write_onnx(model: nn.Module, example: tuple[torch.Tensor, ...], directory: Path) -> Path:
-    """``directory/model.onnx`` with a batch of any size; inputs are called ``input_0``, ``input_1``, ..."""
+    """``directory/model.onnx``, in float32, with a batch of any size; inputs are ``input_0``, ``input_1``, ..."""
     from nas.errors import TrialFailure
     from nas.latency.runtimes.onnx_export import export_onnx
 
@@ -78,8 +85,30 @@ def write_onnx(model: nn.Module, example: tuple[torch.Tensor, ...], directory: P
     return found.path
 
 
+def in_float32(
+    model: nn.Module, example: tuple[torch.Tensor, ...]
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Model and inputs with their floating-point numbers in float32; the model itself where it has no others.
+
+    Raises RunStopped when the model does not run in float32.
+    """
+    given = tuple(x.float() if x.is_floating_point() else x for x in example)
+    if set(_dtypes(model)) <= {"float32"}:
+        return model, given
+    plain = twin(model, torch.float32, "cpu", channels_last=False)
+    try:
+        with torch.no_grad():
+            plain(*given)
+    except Exception as error:  # the model is anybody's
+        raise RunStopped(
+            f"export: the file is written in float32, and {type(model).__name__}, of {', '.join(_dtypes(model))}, "
+            f"does not run in it ({first_line(error, 150)}); take away the types that its forward names"
+        ) from None
+    return plain, given
+
+
 def check_onnx(path: Path, model: nn.Module, example: tuple[torch.Tensor, ...]) -> dict[int, float]:
-    """Batch -> largest difference between onnxruntime and the model, relative to the size of the outputs.
+    """Batch -> largest difference between onnxruntime and the model in float32, relative to the size of the outputs.
 
     Raises RunStopped when one is above 1e-3, UserMistake when onnxruntime is missing.
     """
@@ -87,6 +116,7 @@ def check_onnx(path: Path, model: nn.Module, example: tuple[torch.Tensor, ...]) 
         onnxruntime: Any = importlib.import_module("onnxruntime")
     except ImportError:
         raise UserMistake("export: checking needs onnxruntime; pip install 'nas-toolkit[export]'") from None
+    model, example = in_float32(model, example)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -141,6 +171,12 @@ def latency_card(result: CompressionResult) -> dict[str, Any]:
         "input": [list(x.shape[1:]) for x in result.example],
         "environment": environment,
     }
+
+
+def _dtypes(model: nn.Module) -> list[str]:
+    """Of its floating-point parameters and buffers, sorted."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x.is_floating_point()})
 
 
 def _varied(x: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:

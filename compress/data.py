@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.passes.base import Batches, Context, Inputs, is_one_logit
+from compress.labels import IGNORED, check_labels
+from compress.passes.base import (
+    Batches,
+    Context,
+    Inputs,
+    Loss,
+    Pass,
+    classification_loss,
+    is_one_logit,
+)
 from nas.errors import UserMistake
 from nas.tasks.base import Batch, Task
 
@@ -17,6 +26,7 @@ __all__ = [
     "Answer",
     "Judge",
     "Judgement",
+    "Sources",
     "TaskBatches",
     "TaskLoss",
     "answer",
@@ -189,24 +199,27 @@ class Judgement:
 class Judge:
     """Metrics and predictions of models on the same validation data, without gradients, in evaluation mode.
 
-    ``metric`` is the one that counts: a task's objective, or accuracy.
+    ``metric`` is the one that counts: a task's objective, or accuracy. A loader that draws its order from the global
+    generator gives every model the same one, so that what they predict can be compared.
 
     Args:
         data: batches or a task (its validation split).
         device: where the models run; they are moved there and back.
+        classes: whether the labels must be what the default loss takes.
     """
 
-    def __init__(self, data: Batches | Task, device: torch.device):
-        self._data, self._device = data, device
+    def __init__(self, data: Batches | Task, device: torch.device, *, classes: bool = True):
+        self._data, self._device, self._classes = data, device, classes
         self.metric = data.objective.name if isinstance(data, Task) else "accuracy"
 
     def judge(self, model: nn.Module) -> Judgement:
-        """Raises UserMistake when the data gives nothing."""
+        """Raises UserMistake when the data gives nothing, or labels that do not fit the model's outputs."""
         home = next((p.device for p in model.parameters()), torch.device("cpu"))
         training = model.training
         model.to(self._device).eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng([]):
+                torch.default_generator.manual_seed(0)
                 if isinstance(self._data, Task):
                     return self._by_task(model, self._data)
                 return self._by_batches(model, self._data)
@@ -220,20 +233,61 @@ class Judge:
         return Judgement({name: float(value) for name, value in metrics.items()}, classes)
 
     def _by_batches(self, model: nn.Module, batches: Batches) -> Judgement:
-        predicted, right, total = [], 0, 0
+        predicted, right, counted, total = [], 0, 0, 0
         for batch in batches:
             inputs, labels = move(batch, self._device)
             outputs = model(*inputs)
+            if self._classes and isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1:
+                check_labels(labels, outputs.shape, "validation")
             found, wanted = _classes(outputs), _wanted(outputs, labels)
             total += len(labels)
             if found is not None and wanted is not None:
                 right += int((found == wanted).sum())
+                counted += int((wanted != IGNORED).sum())
                 predicted.append(found.cpu())
         if not total:
             raise UserMistake("validation: yields no batch; give data with at least one batch")
         if sum(map(len, predicted)) != total:
             return Judgement({}, None)
-        return Judgement({"accuracy": right / total}, torch.cat(predicted))
+        metrics = {"accuracy": right / counted} if counted else {}
+        return Judgement(metrics, torch.cat(predicted))
+
+
+class Sources:
+    """Training and validation data, looked at before anything is done, and the loss.
+
+    Args:
+        train, validation, loss: as given to ``compress``.
+        seed: of a task's order and augmentation.
+        passes: that will run.
+
+    Raises:
+        UserMistake: as ``as_batches``, or a pass needs data and there is none.
+    """
+
+    def __init__(self, train: Any, validation: Any, seed: int, passes: Iterable[Pass], loss: Loss | None):
+        if validation is None and isinstance(train, Task):
+            validation = train
+        self.train: Batches | None = None if train is None else as_batches(train, "train", seed=seed)
+        self.loss: Loss = loss or (TaskLoss(train) if isinstance(train, Task) else classification_loss)
+        self.validation: Batches | Task | None = validation
+        if validation is not None and not isinstance(validation, Task):
+            self.validation = as_batches(validation, "validation")
+        for one in passes:
+            if one.requires and self.train is None:
+                needs = " and ".join(sorted(one.requires))
+                raise UserMistake(f"pass {one.name!r} needs data ({needs}); give train=")
+
+    def sources(self) -> list[tuple[str, Batches | Task]]:
+        """What there is, with its name; the validation data first, since it is not augmented."""
+        both = (("validation", self.validation), ("train", self.train))
+        return [(name, one) for name, one in both if one is not None]
+
+    def judge(self, device: torch.device) -> Judge | None:
+        """Of the validation data, if there is any."""
+        if self.validation is None:
+            return None
+        return Judge(self.validation, device, classes=self.loss is classification_loss)
 
 
 class _Recorder(nn.Module):

@@ -14,7 +14,7 @@ from nas.errors import TrialFailure, UserMistake
 from nas.tasks.base import Objective, Split, Task
 from nas.training import TrainConfig, TrainResult, train
 
-__all__ = ["ExtraLoss", "distillation_loss", "epochs_of", "finetune"]
+__all__ = ["ExtraLoss", "distillation_loss", "epochs_of", "finetune", "require_trainable"]
 
 ExtraLoss = Callable[[nn.Module, tuple[Tensor, ...], Any, Any], Tensor]
 """Model in training, its inputs, its outputs, the teacher's outputs (None without one) -> a scalar to be added."""
@@ -34,6 +34,18 @@ def epochs_of(own: int | None, context: Context, default: int, *, must: bool = F
     return default if chosen is None else chosen
 
 
+def require_trainable(model: nn.Module, epochs: int, option: str = "epochs") -> None:
+    """Raises UserMistake when ``model`` is to be trained, for ``epochs`` above 0, but every parameter is frozen.
+
+    Passes that fine-tune ask this first; ``option`` is the name of theirs that leaves the fine-tuning out.
+    """
+    if epochs and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserMistake(
+            f"fine-tuning: every parameter of {type(model).__name__} is frozen (requires_grad=False); unfreeze some, "
+            f"or give {option}=0"
+        )
+
+
 def finetune(
     model: nn.Module,
     context: Context,
@@ -51,8 +63,11 @@ def finetune(
 
     The loss is ``(1 - distillation) * task loss + distillation * distillation_loss + extra``.
 
+    One rule for all passes: what the user has frozen (``requires_grad=False``) stays frozen. It is not trained, what a
+    cut leaves of it is frozen too, and so it comes back; modules that a pass adds are trained.
+
     Args:
-        model: a pass's own copy; it comes back on the device it was on.
+        model: a pass's own copy; it comes back on the device it was on, without gradients.
         context: data, loss, teacher, seed and device. With ``context.probe``, or ``epochs=0``, nothing is trained.
         epochs: passes over ``context.train``; see ``epochs_of``.
         learning_rate: peak, with warm-up and a cosine to 0.
@@ -66,7 +81,7 @@ def finetune(
 
     Raises:
         PassFailed: the loss became NaN or infinite, or there was no batch.
-        UserMistake: no training data, or a number out of its range.
+        UserMistake: no training data, nothing that is not frozen, or a number out of its range.
     """
     if context.probe or epochs == 0:
         model.eval()
@@ -77,6 +92,7 @@ def finetune(
         raise UserMistake(
             f"fine-tuning: distillation={distillation} must be in [0, 1] and temperature={temperature} above 0"
         )
+    require_trainable(model, epochs)
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
     task = _Lesson(context, distillation, temperature, extra)
     config = TrainConfig(
@@ -94,6 +110,7 @@ def finetune(
         raise PassFailed(f"fine-tuning failed: {failure.reason}{hint}") from failure
     finally:
         model.to(home).eval()
+        model.zero_grad(set_to_none=True)
 
 
 def distillation_loss(outputs: Any, teacher: Any, temperature: float = 2.0, *, axis: int = -1) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import TaskBatches, TaskLoss, inputs_of
+from compress.labels import check_labels
 from compress.passes.base import Batches, Loss, classification_loss
 from nas.errors import UserMistake, first_line
 from nas.tasks.base import Task
@@ -18,7 +19,6 @@ from nas.tasks.base import Task
 __all__ = ["Look", "check_fits", "example_of", "look_at"]
 
 _FEW = 2  # samples to try a loss with
-_IGNORED = -100  # the label that cross entropy leaves out
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-6  # how far two values of one loss may be apart
 
 
@@ -84,8 +84,8 @@ def check_fits(model: nn.Module, example: Sequence[Tensor], looks: Sequence[Look
 
     Raises:
         UserMistake: it does not run on ``example`` or on a sample of a source; it has other classes than a task, or
-            fewer than the labels of a batch under the default loss; or ``loss``, of a task, cannot be taken of
-            outputs alone.
+            the labels of a batch do not fit its outputs under the default loss; or ``loss``, of a task, cannot be
+            taken of outputs alone.
     """
     _outputs(model, example, "model", "its data or example")
     for look in looks:
@@ -121,19 +121,8 @@ def _check_classes(outputs: Any, look: Look, loss: Loss) -> None:
         )
     if classes is not None or loss is not classification_loss or count == 1:
         return
-    if labels is None or labels.dim() != 1 or labels.is_floating_point():
-        return
-    low, high = _range(labels)
-    if not 0 <= low <= high < count:
-        raise UserMistake(
-            f"{look.name}: the model has {count} outputs, the labels of the first batch are {low} to {high}; they must "
-            f"be 0 to {count - 1}, or give a model with an output for each class, or loss="
-        )
-
-
-def _range(labels: Tensor) -> tuple[int, int]:
-    counted = labels[labels != _IGNORED].long()
-    return (int(counted.min()), int(counted.max())) if len(counted) else (0, 0)
+    if labels is not None:
+        check_labels(labels, (len(labels), count), look.name, "the first batch")
 
 
 def _check_loss(model: nn.Module, look: Look, labels: Tensor, loss: TaskLoss) -> None:

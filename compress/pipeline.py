@@ -5,25 +5,34 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.budgeting import Costs, fitting_passes
-from compress.data import Judge, Judgement, TaskLoss, as_batches
-from compress.fits import check_fits, example_of, look_at
+from compress.arguments import check_plain_arguments, device_of, passes_of, private_copy, target_of
+from compress.budgeting import Costs, Fit, fitting_passes
+from compress.data import Judge, Judgement, Sources
+from compress.fits import Look, check_fits, example_of, look_at
 from compress.measuring import count, measure_against
 from compress.origins import origin_of
 from compress.outputs import difference
-from compress.passes import parse_pass
-from compress.passes.base import Batches, Budget, Context, Loss, Pass, PassFailed, classification_loss
+from compress.passes.base import (
+    Batches,
+    Budget,
+    Context,
+    Loss,
+    NothingLeft,
+    Pass,
+    PassFailed,
+)
+from compress.randomness import lent_generators
 from compress.result import CompressionResult, Step, why_not_savable
 from compress.structure import StructureError
 from nas.environment import describe_environment
-from nas.errors import UserMistake, first_line
+from nas.errors import UserMistake
 from nas.latency import Target
 from nas.tasks.base import Task
 
@@ -31,7 +40,6 @@ __all__ = ["compress"]
 
 logger = logging.getLogger(__name__)
 
-_TYING_MATTERS = frozenset({"widths", "ranks", "experts", "fusion", "precision"})
 _ORIGINAL = "original"
 _ATTEMPTS = 3
 
@@ -60,14 +68,16 @@ def compress(
         model: a timm model, one of our architectures, or a module that is built like them.
         passes: in the order in which they run: objects of ``make_pass``, or texts such as ``"ofb:target=0.5"``.
         train: batches (inputs, labels) to learn from: a DataLoader, another re-iterable, or a task. Several inputs
-            are a tuple: ((ids, numbers), labels).
+            are a tuple: ((ids, numbers), labels). A loader with a ``generator=`` of its own draws from that one, and
+            moves it on; any other draws its order from ``seed``.
         validation: likewise, to judge by: a task by its own metrics, batches by accuracy. Without it nothing is
             judged. A task given as ``train`` serves both.
         target: where the result will run, as for ``nas measure``.
         budget: ``"latency=0.6"`` (of the original, measured on the target), ``"latency=8ms"``, ``"macs=0.5"``,
-            ``"params=2e6"``. Adjustable passes then get the weakest common strength that meets it, whatever their
-            own options for it say.
-        seed: of everything random, in [0, 2**32).
+            ``"params=2e6"``. Adjustable passes that lower it then get the weakest common strength that meets it,
+            whatever their own options for it say; the others stay as they are.
+        seed: of everything random, in [0, 2**32). The global generators of torch, numpy and ``random`` are lent from it
+            meanwhile and stand afterwards where they stood before.
         loss: of outputs and labels; by default that of the task given as ``train``, else cross entropy (of a single
             output: of the chance that it is the logit of).
         epochs: for every pass that trains and was not told its own number.
@@ -79,65 +89,64 @@ def compress(
         report: told what is being done, one line at a time; also which passes did not make it measurably faster.
 
     Raises:
-        UserMistake: an unknown pass, an order or a model that a pass refuses, data that yields nothing or that the
-            model does not run on, a task whose batches are not (inputs, labels), a budget that cannot be met, tied
-            weights that a pass would untie, hooks or parametrizations, a model that cannot be saved where ``savable``.
+        UserMistake: an argument of another type or out of its range, an unknown pass, an order or a model that a pass
+            refuses, data that yields nothing or that the model does not run on, labels that the model has no outputs
+            for, a task whose batches are not (inputs, labels), a budget that cannot be met, tied weights that a pass
+            would untie, hooks or parametrizations, a model that cannot be saved where ``savable``.
         PassFailed: a pass could not do its work: the loss became NaN, or its result gives other shapes.
     """
-    run = [passes] if isinstance(passes, (str, Pass)) else list(passes)
-    chosen = [parse_pass(one) if isinstance(one, str) else one for one in run]
-    check_order(chosen)
     wanted = Budget.parse(budget) if budget is not None else None
-    place = target if isinstance(target, Target) else Target.parse(target)
-    place.check()
-    if wanted is not None and wanted.kind == "latency" and measure_seconds <= 0:
-        raise UserMistake("measure_seconds=0: a latency budget is met by measuring; give some seconds")
-    original = _private_copy(model, chosen)
-    tell = report or logger.info
-    data = _Data(train, validation, seed, chosen)
-    looks = [look_at(one, name) for name, one in data.sources()]
-    inputs = (example,) if isinstance(example, Tensor) else example
-    inputs = inputs or example_of(original, *looks)
-    inputs = tuple(x[:1].detach().cpu() for x in inputs)
-    chosen_loss = loss or data.loss
-    check_fits(original, inputs, looks, chosen_loss)
-    start, reason = (dict(origin), None) if origin is not None else _origin_or_none(original)
-    reason = reason or why_not_savable(original, start, inputs)
-    if reason and savable:
-        raise StructureError(f"the result could not be saved: {reason}")
-    if reason:
-        tell(f"the result cannot be saved: {reason}")
-    where = torch.device(device) if device is not None else place.torch_device()
-    context = Context(
-        example=inputs,
-        train=data.train,
-        validation=None if isinstance(data.validation, Task) else data.validation,
-        loss=chosen_loss,
-        teacher=copy.deepcopy(original).requires_grad_(False).to(where),
-        target=place,
-        budget=wanted,
+    check_plain_arguments(
         seed=seed,
-        device=where,
         epochs=epochs,
-        report=tell,
+        measure_seconds=measure_seconds,
+        budget=wanted,
+        example=example,
+        origin=origin,
+        loss=loss,
+        report=report,
     )
-    judge = data.judge(where)
-    pipeline = _Pipeline(original, chosen, context, judge, measure_seconds)
-    steps, result = pipeline.run()
-    return CompressionResult(
-        model=result,
-        steps=steps,
-        target=str(place),
-        budget=None if wanted is None else str(wanted),
-        example=inputs,
-        origin=start,
-        facts={
-            "seed": seed,
-            "epochs": epochs,
-            "metric": judge.metric if judge else None,
-            "environment": describe_environment(),
-        },
-    )
+    tell = report or logger.info
+    with lent_generators(seed):
+        chosen = passes_of(passes)
+        check_order(chosen)
+        place = target_of(target)
+        where = device_of(device, place)
+        original = private_copy(model, chosen)
+        data = Sources(train, validation, seed, chosen, loss)
+        looks = [look_at(one, name) for name, one in data.sources()]
+        inputs = _inputs(example, original, looks)
+        check_fits(original, inputs, looks, data.loss)
+        start = _start(original, origin, inputs, savable, tell)
+        context = Context(
+            example=inputs,
+            train=data.train,
+            validation=None if isinstance(data.validation, Task) else data.validation,
+            loss=data.loss,
+            teacher=copy.deepcopy(original).requires_grad_(False).to(where),
+            target=place,
+            budget=wanted,
+            seed=seed,
+            device=where,
+            epochs=epochs,
+            report=tell,
+        )
+        judge = data.judge(where)
+        steps, result = _Pipeline(original, chosen, context, judge, measure_seconds).run()
+        return CompressionResult(
+            model=result,
+            steps=steps,
+            target=str(place),
+            budget=None if wanted is None else str(wanted),
+            example=inputs,
+            origin=start,
+            facts={
+                "seed": seed,
+                "epochs": epochs,
+                "metric": judge.metric if judge else None,
+                "environment": describe_environment(),
+            },
+        )
 
 
 def check_order(passes: Sequence[Pass]) -> None:
@@ -157,31 +166,6 @@ def check_order(passes: Sequence[Pass]) -> None:
                 )
 
 
-class _Data:
-    """Training and validation data, looked at before anything is done."""
-
-    def __init__(self, train: Any, validation: Any, seed: int, passes: Iterable[Pass]):
-        if validation is None and isinstance(train, Task):
-            validation = train
-        self.train: Batches | None = None if train is None else as_batches(train, "train", seed=seed)
-        self.loss: Loss = TaskLoss(train) if isinstance(train, Task) else classification_loss
-        self.validation: Batches | Task | None = validation
-        if validation is not None and not isinstance(validation, Task):
-            self.validation = as_batches(validation, "validation")
-        for one in passes:
-            if one.requires and self.train is None:
-                needs = " and ".join(sorted(one.requires))
-                raise UserMistake(f"pass {one.name!r} needs data ({needs}); give train=")
-
-    def sources(self) -> list[tuple[str, Batches | Task]]:
-        """What there is, with its name; the validation data first, since it is not augmented."""
-        both = (("validation", self.validation), ("train", self.train))
-        return [(name, one) for name, one in both if one is not None]
-
-    def judge(self, device: torch.device) -> Judge | None:
-        return None if self.validation is None else Judge(self.validation, device)
-
-
 class _Pipeline:
     def __init__(
         self, original: nn.Module, passes: list[Pass], context: Context, judge: Judge | None, seconds: float
@@ -196,43 +180,60 @@ class _Pipeline:
         self._context = self._context.with_changes(original=costs.original())
         before = self._judged(_ORIGINAL, self._original)
         first = Step(_ORIGINAL, **_counts(counted), metrics=before.metrics if before else {})
-        budget, strength = self._context.budget, None
+        budget, fit = self._context.budget, Fit(tuple(self._passes), {})
+        if budget is not None:
+            fit = fitting_passes(self._passes, costs, self._apply_all)
+        if not fit.strengths and self._trains_before_the_last():
+            self._context.report("looking whether all passes can work, before the first one trains")
+            self._apply_all(self._passes)
         for attempt in range(_ATTEMPTS):
-            passes = self._passes
-            if budget is not None:
-                passes, strength = fitting_passes(passes, costs, self._apply_all, at_least=strength)
             steps, models = [first], [self._original]
-            for number, one in enumerate(passes, 1):
-                step, made = self._step(one, models[-1], before, f"{number}/{len(passes)}")
+            for number in range(len(fit.passes)):
+                step, made = self._step(fit.passes, number, models[-1], before)
                 steps.append(step)
                 models.append(made)
             steps = self._measured(steps, models)
             if budget is None or costs.holds(steps[-1]):
-                if budget is not None and not costs.sure(steps[-1]):
-                    doubt = (
-                        f"the budget {budget} is met by the median, not surely: {costs.describe(steps[-1])}"
-                    )
-                    self._context.report(doubt)
-                    steps[-1] = replace(steps[-1], notes=(*steps[-1].notes, doubt))
-                return tuple(steps), models[-1]
-            if strength is None or strength >= 1 or attempt + 1 == _ATTEMPTS:
+                return self._without_doubt(steps, costs), models[-1]
+            if attempt + 1 == _ATTEMPTS or (stronger := fit.stronger()) is None:
                 break
             self._context.report(f"the result misses the budget {budget}; once more, stronger")
-            strength = min(1.0, strength + 0.03)
+            fit = stronger
         raise UserMistake(
             f"budget {budget}: not met by the result of {', '.join(str(one) for one in self._passes)}: "
             f"{costs.describe(steps[-1])}; allow more, or add a pass"
         )
 
-    def _step(self, one: Pass, model: nn.Module, before: Any, where: str) -> tuple[Step, nn.Module]:
-        started, notes = time.perf_counter(), list[str]()
+    def _without_doubt(self, steps: list[Step], costs: Costs) -> tuple[Step, ...]:
+        """The steps, the last one with a note where it does not surely meet the budget."""
+        if costs.budget is None or costs.sure(steps[-1]):
+            return tuple(steps)
+        doubt = f"the budget {costs.budget} is met by the median, not surely: {costs.describe(steps[-1])}"
+        self._context.report(doubt)
+        return (*steps[:-1], replace(steps[-1], notes=(*steps[-1].notes, doubt)))
+
+    def _trains_before_the_last(self) -> bool:
+        """Whether a refusal of a later pass would come when an earlier one has trained already."""
+        if self._context.train is None:
+            return False
+        for one in self._passes[:-1]:
+            unknown = None if "train" in one.requires else 0
+            for given in (getattr(one, "epochs", unknown), getattr(one, "finetune_epochs", 0)):
+                if (self._context.epochs if given is None else given) != 0:
+                    return True
+        return False
+
+    def _step(
+        self, passes: Sequence[Pass], number: int, model: nn.Module, before: Judgement | None
+    ) -> tuple[Step, nn.Module]:
+        one, started, notes = passes[number], time.perf_counter(), list[str]()
 
         def tell(text: str) -> None:
             notes.append(text)
             self._context.report(f"{one.name}: {text}")
 
-        self._context.report(f"pass {where}: {one}")
-        made = self._apply(one, model, self._context.with_changes(report=tell))
+        self._context.report(f"pass {number + 1}/{len(passes)}: {one}")
+        made = self._apply_or_leave(passes, number, model, self._context.with_changes(report=tell))
         seconds = time.perf_counter() - started
         judged = self._judged(one.name, made)
         step = Step(
@@ -256,9 +257,22 @@ class _Pipeline:
     def _apply_all(self, passes: Sequence[Pass]) -> nn.Module:
         """The shapes that ``passes`` lead to, without training."""
         made, probe = self._original, self._context.with_changes(probe=True, report=lambda text: None)
-        for one in passes:
-            made = self._apply(one, made, probe)
+        for number in range(len(passes)):
+            made = self._apply_or_leave(passes, number, made, probe)
         return made
+
+    def _apply_or_leave(
+        self, passes: Sequence[Pass], number: int, model: nn.Module, context: Context
+    ) -> nn.Module:
+        """The model as it is where an earlier pass has left the pass nothing to do."""
+        one = passes[number]
+        try:
+            return self._apply(one, model, context)
+        except NothingLeft as error:
+            if not any(earlier.changes & one.changes for earlier in passes[:number]):
+                raise
+            context.report(f"an earlier pass left it nothing to do, the model stays as it was: {error}")
+            return copy.deepcopy(model)
 
     def _apply(self, one: Pass, model: nn.Module, context: Context) -> nn.Module:
         # The pass promises not to change what it gets; a copy makes sure, and costs little beside the pass.
@@ -268,7 +282,8 @@ class _Pipeline:
             try:
                 made = one.apply(given, context)
             except StructureError as error:
-                raise StructureError(f"pass {one.name!r}: {error}") from None
+                kind = NothingLeft if isinstance(error, NothingLeft) else StructureError
+                raise kind(f"pass {one.name!r}: {error}") from None
             except PassFailed as error:
                 raise PassFailed(f"pass {one.name!r}: {error}") from error
         made = made.cpu().eval()
@@ -309,46 +324,6 @@ class _Pipeline:
         return measured
 
 
-def _private_copy(model: nn.Module, passes: Sequence[Pass]) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise UserMistake(f"model: {type(model).__name__} is no torch.nn.Module")
-    inner = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
-    model = inner if isinstance(inner, nn.Module) else model
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise UserMistake(f"model: is wrapped in {type(model).__name__}; give its .module")
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_floating_point() or parameter.device.type == "meta":
-            continue
-        first = seen.setdefault(id(parameter), name)
-        if first != name and (one := next((p for p in passes if p.changes & _TYING_MATTERS), None)):
-            raise UserMistake(
-                f"model: {first} and {name} are one tensor (tied weights), which pass {one.name!r} would tear apart; "
-                "untie them (give each its own copy) first"
-            )
-    for parameter in model.parameters():
-        if parameter.device.type == "meta":
-            raise UserMistake(
-                "model: some parameters are on the meta device and have no values; load its weights first"
-            )
-    for name, module in model.named_modules():
-        if getattr(module, "_forward_hooks", None) or getattr(module, "_forward_pre_hooks", None):
-            raise UserMistake(
-                f"model: {name or 'it'} has a forward hook, which the result could not keep; remove it first"
-            )
-        if hasattr(module, "parametrizations"):
-            raise UserMistake(
-                f"model: {name or 'it'} is parametrized; make its weights plain first "
-                "(torch.nn.utils.parametrize.remove_parametrizations)"
-            )
-    try:
-        return copy.deepcopy(model).cpu().eval()
-    except (RuntimeError, TypeError) as error:
-        raise UserMistake(
-            f"model: cannot be copied ({first_line(error, 150)}); detach the tensors that it keeps, or build it anew"
-        ) from None
-
-
 def _check_plain(model: nn.Module, one: Pass) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "parametrizations") or getattr(module, "_forward_hooks", None):
@@ -357,6 +332,31 @@ def _check_plain(model: nn.Module, one: Pass) -> None:
 
 def _counts(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"params": found["params"], "macs": found["macs"], "uncounted": tuple(found["uncounted"])}
+
+
+def _inputs(
+    example: Tensor | tuple[Tensor, ...] | None, model: nn.Module, looks: Sequence[Look]
+) -> tuple[Tensor, ...]:
+    """Of one call with one sample, on the CPU."""
+    given = (example,) if isinstance(example, Tensor) else example
+    return tuple(x[:1].detach().cpu() for x in given or example_of(model, *looks))
+
+
+def _start(
+    model: nn.Module,
+    origin: Mapping[str, Any] | None,
+    inputs: tuple[Tensor, ...],
+    savable: bool,
+    tell: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The origin, where it is known: compressing needs none. What could not be saved is said, or refused."""
+    start, reason = (dict(origin), None) if origin is not None else _origin_or_none(model)
+    reason = reason or why_not_savable(model, start, inputs)
+    if reason and savable:
+        raise StructureError(f"the result could not be saved: {reason}")
+    if reason:
+        tell(f"the result cannot be saved: {reason}")
+    return start
 
 
 def _origin_or_none(model: nn.Module) -> tuple[dict[str, Any] | None, str | None]:

@@ -103,17 +103,10 @@ class CompressionResult:
         return self.steps[-1]
 
     def report(self) -> Table:
-        """A rich table, one row for each step."""
-        from rich.table import Table
+        """A rich table, one row for each step; on a console too narrow for it, each step is a few lines."""
+        from compress.steps_table import StepsTable
 
-        table = Table(title=f"{self.target}, {self.budget or 'no budget'}")
-        # On a narrow terminal the figures would leave nothing of the names.
-        table.add_column("after", overflow="fold", min_width=16)
-        for head in self._heads():
-            table.add_column(head, justify="right", no_wrap=True)
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        return StepsTable(f"{self.target}, {self.budget or 'no budget'}", self._heads(), self.rows())
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells of ``report``: each figure was counted or measured in this run, ``-`` stands for none."""
@@ -125,12 +118,11 @@ class CompressionResult:
         return str(self.facts.get("metric") or "accuracy")
 
     def _heads(self) -> tuple[str, ...]:
-        return ("params", "MACs", "latency (ms)", "of original", self.metric, "agreement")
+        return ("after", "params", "MACs", "latency (ms)", "of original", self.metric, "agreement")
 
     def __str__(self) -> str:
-        heads = ("after", *self._heads())
-        rows = [heads, *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+        rows = [self._heads(), *self.rows()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
         )

@@ -7,6 +7,9 @@ compute, on the fused and on the explicit attention path of timm alike.
 timm's fused path takes its scale from the size of a head while the explicit one uses the stored ``scale``: after head
 channels are gone the two would differ. So the ratio of the scales is folded into the queries' weights, and ``scale``
 is that of the new size.
+
+An attention or MLP of a class that is not known to work so is tried first (see ``compress.probing``), unless its caller
+has done that (``probed``); ``StructureError`` where the cut would change more than what is cut.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress._slicing import cut_channels, cut_heads, cut_hidden, slice_layer, slice_norm, sliced
+from compress.probing import require_fit
 from compress.structure import Block, Mlp, StructureError, ViTStructure, recognise
 from nas.errors import UserMistake
 
@@ -42,29 +47,29 @@ def kernel_multiple(size: int) -> int:
     return 8 if size >= 64 else 4 if size >= 32 else 1
 
 
-def keep_mlp_units(part: Block | Mlp, index: Index) -> None:
+def keep_mlp_units(part: Block | Mlp, index: Index, *, probed: bool = False) -> None:
     """Leave only the hidden units ``index`` (positions in [0, hidden), in the order wanted, at least one)."""
     mlp = part.mlp if isinstance(part, Block) else part
     units = _checked(index, mlp.hidden, f"{mlp.name}: hidden units")
-    slice_layer(mlp.fc1, outputs=units)
-    slice_layer(mlp.fc2, inputs=units)
-    if hasattr(mlp.module, "hidden_features"):
-        mlp.module.hidden_features = len(units)  # type: ignore[assignment]
+    if not probed:
+        require_fit(mlp.module, mlp.name, {"hidden"})
+    cut_hidden(mlp.module, units)
 
 
-def keep_heads(block: Block, index: Index) -> None:
+def keep_heads(block: Block, index: Index, *, probed: bool = False) -> None:
     """Leave only the heads ``index`` (positions in [0, num_heads), at least one)."""
     heads = _checked(index, block.num_heads, f"{block.name}: heads")
-    dim, old = block.head_dim, block.num_heads
-    channels = (heads[:, None] * dim + torch.arange(dim)).flatten()
-    rows = torch.cat([part * old * dim + channels for part in range(3)])
-    slice_layer(block.qkv, outputs=rows)
-    slice_layer(block.proj, inputs=channels)
-    _tell_sizes(block.attention, len(heads), dim)
+    if not probed:
+        require_fit(block.attention, f"{block.name}.attn", {"heads"})
+    cut_heads(block.attention, heads)
 
 
 def keep_head_channels(
-    block: Block, index: Index | Sequence[Index], values: Index | Sequence[Index] | None = None
+    block: Block,
+    index: Index | Sequence[Index],
+    values: Index | Sequence[Index] | None = None,
+    *,
+    probed: bool = False,
 ) -> None:
     """Leave only some channels of every head, as many in each.
 
@@ -79,7 +84,6 @@ def keep_head_channels(
         raise StructureError(
             f"{block.name}: queries and keys are normalised over a head's channels; none can go"
         )
-    heads, dim = block.num_heads, block.head_dim
     matched = _per_head(block, index)
     carried = matched if values is None else _per_head(block, values)
     if matched.shape != carried.shape:
@@ -87,32 +91,26 @@ def keep_head_channels(
             f"{block.name}: {matched.shape[1]} channels of queries and keys, {carried.shape[1]} of values; "
             "must be as many"
         )
-    kept = matched.shape[1]
-    start = torch.arange(heads)[:, None] * dim
-    queries, channels = (start + matched).flatten(), (start + carried).flatten()
-    slice_layer(block.qkv, outputs=torch.cat([queries, heads * dim + queries, 2 * heads * dim + channels]))
-    slice_layer(block.proj, inputs=channels)
-    old_scale = float(getattr(block.attention, "scale", dim**-0.5))
-    factor = old_scale / kept**-0.5
-    with torch.no_grad():
-        block.qkv.weight[: heads * kept] *= factor
-        if block.qkv.bias is not None:
-            block.qkv.bias[: heads * kept] *= factor
-    _tell_sizes(block.attention, heads, kept)
+    if not probed:
+        require_fit(block.attention, f"{block.name}.attn", {"channels"})
+    cut_channels(block.attention, matched, carried)
 
 
-def keep_embedding(structure: ViTStructure, index: Index) -> None:
+def keep_embedding(structure: ViTStructure, index: Index, *, probed: bool = False) -> None:
     """Leave only the embedding channels ``index`` (positions in [0, width)) everywhere.
 
     Norms over the embedding then take their statistics from the channels that remain.
     """
     model: Any = structure.model
     kept = _checked(index, structure.width, "embedding channels")
+    for block in () if probed else structure.blocks:
+        require_fit(block.attention, f"{block.name}.attn", {"embedding"})
+        require_fit(block.mlp.module, block.mlp.name, {"embedding"})
     slice_layer(structure.embedding, outputs=kept)
     if structure.embedding_norm is not None:
         slice_norm(structure.embedding_norm, kept)
     for name in (*structure.tokens, *([structure.positions] if structure.positions else [])):
-        setattr(model, name, _sliced(getattr(model, name), kept, -1))
+        setattr(model, name, sliced(getattr(model, name), kept, -1))
     for block in structure.blocks:
         for norm in (block.norm1, block.norm2):
             slice_norm(norm, kept)
@@ -159,56 +157,11 @@ def remove_block(structure: ViTStructure, position: int) -> ViTStructure:
     return recognise(model)
 
 
-def slice_layer(layer: nn.Module, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
-    """Leave only some input and output channels of a Linear or an ungrouped Conv2d."""
-    if not isinstance(layer, (nn.Linear, nn.Conv2d)) or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
-        raise StructureError(
-            f"{type(layer).__name__}: only nn.Linear and nn.Conv2d without groups can be cut"
-        )
-    if outputs is not None:
-        layer.weight = _sliced(layer.weight, outputs, 0)
-        if layer.bias is not None:
-            layer.bias = _sliced(layer.bias, outputs, 0)
-    if inputs is not None:
-        layer.weight = _sliced(layer.weight, inputs, 1)
-    out, into = int(layer.weight.shape[0]), int(layer.weight.shape[1])
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = out, into
-    else:
-        layer.out_channels, layer.in_channels = out, into
-
-
-def slice_norm(norm: nn.Module, index: Tensor) -> None:
-    """Leave only some channels of a LayerNorm or RMSNorm (of torch or timm) over the last dimension."""
-    shape = getattr(norm, "normalized_shape", None)
-    if shape is None or len(shape) != 1:
-        raise StructureError(f"{type(norm).__name__}: only norms over one dimension of channels can be cut")
-    for name in ("weight", "bias"):
-        value = getattr(norm, name, None)
-        if value is not None:
-            setattr(norm, name, _sliced(value, index, 0))
-    norm.normalized_shape = (len(index),)  # type: ignore[assignment]
-
-
 def _slice_scale(scale: nn.Module, index: Tensor, where: str) -> None:
     gamma = getattr(scale, "gamma", None)
     if not isinstance(gamma, nn.Parameter):
         raise StructureError(f"{where}: {type(scale).__name__} is no layer scale with a 'gamma'")
-    scale.gamma = _sliced(gamma, index, 0)
-
-
-def _sliced(value: Any, index: Tensor, dim: int) -> nn.Parameter:
-    chosen = value.detach().index_select(dim, index.to(value.device)).clone()
-    return nn.Parameter(chosen, requires_grad=value.requires_grad)
-
-
-def _tell_sizes(attention: Any, heads: int, dim: int) -> None:
-    attention.num_heads = heads
-    for name, value in (("head_dim", dim), ("attn_dim", heads * dim), ("all_head_dim", heads * dim)):
-        if hasattr(attention, name):
-            setattr(attention, name, value)
-    if hasattr(attention, "scale"):
-        attention.scale = dim**-0.5
+    scale.gamma = sliced(gamma, index, 0)
 
 
 def _per_head(block: Block, index: Index | Sequence[Index]) -> Tensor:

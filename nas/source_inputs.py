@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Extent", "MakeInputs", "Slot", "at_size", "drawing", "inputs_of"]
+__all__ = ["Extent", "MakeInputs", "Range", "Slot", "at_size", "drawing", "inputs_of", "range_of"]
 
 _TRANSLATION_LENGTH = 30
 
@@ -55,7 +55,7 @@ class Extent:
             return cls(text, low, low, high)
         if low > high:
             raise UserMistake(
-                f"--size {text}: must be such as 224 (square image, or length), 224x192 (height x width) "
+                f"--size {text or repr(text)}: must be such as 224 (square image, or length), 224x192 (height x width) "
                 "or 16-128 (lengths, the shortest first)"
             )
         return cls(text, low, high)
@@ -84,6 +84,23 @@ class Extent:
         return int(torch.randint(self.low, self.high + 1, (), generator=generator))
 
 
+Range = tuple[int, int | None]
+"""The least and the most that a dimension may be; None: without an end."""
+
+
+def range_of(size: Any, constraints: Mapping[Any, Any]) -> Range | None:
+    """What ``torch.export`` allows for a dimension of an exported program; None for one that is fixed or derived.
+
+    Args:
+        size: the dimension as the program's placeholder has it.
+        constraints: the program's ``range_constraints``.
+    """
+    found = None if isinstance(size, int) else constraints.get(size.node.expr)
+    if found is None:
+        return None
+    return int(found.lower), int(found.upper) if getattr(found.upper, "is_Integer", False) else None
+
+
 @dataclass(frozen=True)
 class Slot:
     """One argument. None in ``declared`` is a dimension that may be any, in ``usual`` one without a usual value."""
@@ -92,6 +109,9 @@ class Slot:
     declared: tuple[int | None, ...]
     usual: tuple[int | None, ...]
     values: Tensor | None = None  # to draw from; None: the normal distribution
+    ranges: Sequence[
+        Range | None
+    ] = ()  # of dimensions that may be any within them, in the order of ``declared``
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         import torch
@@ -156,7 +176,22 @@ def _settled(name: str, slot: Slot, wanted: Sequence[int | None]) -> tuple[int, 
                 f"model {name!r}: made for {what} {fixed} (input {_shape_text(slot.declared)}), not {size}; "
                 f"{'choose the target @' + str(fixed) if number == 0 else 'leave --size out'} or export it anew"
             )
+        if number < len(slot.ranges) and slot.ranges[number] is not None:
+            _check_range(name, slot, number, size)
     return tuple(size for size in wanted if size is not None)
+
+
+def _check_range(name: str, slot: Slot, number: int, size: int) -> None:
+    low, high = slot.ranges[number] or (0, None)
+    if low <= size and (high is None or size <= high):
+        return
+    allowed = f"{low} to {high}" if high is not None else f"at least {low}"
+    what = "batches of" if number == 0 else f"dimension {number} of size"
+    way_out = "choose such a target, as in @" if number == 0 else "give such a --size, as in "
+    raise UserMistake(
+        f"model {name!r}: made for {what} {allowed} (input {_shape_text(slot.declared)}), not {size}; "
+        f"{way_out}{low if size < low else high}, or export it anew"
+    )
 
 
 def _shape_text(declared: Sequence[int | None]) -> str:

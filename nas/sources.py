@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.errors import UserMistake, nearest
-from nas.source_inputs import Extent, MakeInputs, Slot, at_size, drawing, inputs_of
+from nas.errors import UserMistake, first_line, nearest
+from nas.exported_program import as_module, load_program
+from nas.source_inputs import Extent, MakeInputs, Slot, at_size, drawing, inputs_of, range_of
 from spaces.loading import cause_of, load_object
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ FORMS = (
 """What may stand for a model, for messages and help texts."""
 
 _SEED = 0
+_BUNDLE = "compressed.json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Source:
             the parameters. Inputs are not in it.
         make_inputs: ``make_inputs(batch, generator)`` draws the arguments of one call, on the CPU, from a CPU
             generator; see ``nas.source_inputs.MakeInputs``. With a distribution of lengths each call draws one.
+        origin: of one of our own architectures, what ``compress.origins`` needs to build it again; None for others,
+            which tell it themselves.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Source:
     onnx: Path | None
     key: str
     make_inputs: MakeInputs
+    origin: dict[str, Any] | None = None
 
 
 def load_source(text: str, *, size: str | None = None) -> Source:
@@ -123,6 +126,7 @@ def _from_timm(text: str, extent: Extent | None) -> Source:
             "timm.list_models() names all"
         )
     at = None if extent is None else extent.image(text)
+    asked = "" if extent is None else f"--size {extent.text}: "
     try:
         with _same_weights():
             model: Any = timm.create_model(name, pretrained=False)
@@ -130,10 +134,11 @@ def _from_timm(text: str, extent: Extent | None) -> Source:
             channels, wanted = usual[0], at or usual[1:]
             if wanted != usual[1:]:
                 model = _timm_at(text, name, wanted, fixed=bool(model.pretrained_cfg.get("fixed_input_size")))
+                _try_size(text, model.eval(), (channels, *wanted), usual[1:], asked)
     except UserMistake:
         raise
     except (RuntimeError, ValueError, AssertionError, KeyError) as error:
-        raise UserMistake(f"model {text!r}: timm cannot build it: {cause_of(error)}") from error
+        raise UserMistake(f"{asked}model {text!r}: timm cannot build it: {cause_of(error)}") from error
     slot = Slot(torch.float32, (None, channels, *wanted), (None, channels, *wanted))
     return Source(text, model.eval(), None, _structure_key(text, model), drawing(text, [slot], None))
 
@@ -150,43 +155,109 @@ def _timm_at(text: str, name: str, size: tuple[int, int], *, fixed: bool) -> Any
     return timm.create_model(name, pretrained=False)
 
 
+def _try_size(
+    text: str, model: nn.Module, shape: tuple[int, ...], usual: tuple[int, ...], asked: str
+) -> None:
+    """Most models are built for any size and refuse, by an assertion, when they are called."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, *shape))
+    except Exception as error:
+        raise UserMistake(
+            f"{asked}model {text!r} does not take such images ({first_line(error, 200)}); "
+            f"give another size, or leave it out for {'x'.join(map(str, usual))}"
+        ) from None
+
+
 # -- our own architectures ---------------------------------------------------------------------------------------------
 
 
 def _from_description(text: str, extent: Extent | None) -> Source:
     """An ``architecture.json``, of ``nas export`` or written by hand, or its directory."""
+    from nas.files import CorruptFile
+
+    try:
+        return _described(text, _description_path(text), extent)
+    except CorruptFile as error:
+        raise UserMistake(f"model {text!r}: {error}; write it again, or take it from a copy") from None
+    except OSError as error:
+        raise UserMistake(f"model {text!r}: cannot be read ({error.strerror or error})") from None
+
+
+def _description_path(text: str) -> Path:
+    directory = Path(text) if Path(text).is_dir() else Path(text).parent
+    path = directory / "architecture.json" if Path(text).is_dir() else Path(text)
+    if path.is_file() and path.name != _BUNDLE:
+        return path
+    if (directory / _BUNDLE).is_file():
+        onnx = directory / "model.onnx"
+        file = f"{onnx} with a --target such as cpu:1+onnxruntime, or " if onnx.is_file() else ""
+        raise UserMistake(
+            f"model {text!r}: is a bundle of 'nas compress'; give {file}a FILE.py:FUNCTION that returns "
+            f"(compress.load({str(directory)!r}).model, inputs)"
+        )
+    why = "holds no architecture.json" if Path(text).is_dir() else "there is no such file"
+    hint = "; a run's trial is RUN#NUMBER" if (Path(text) / "trials").is_dir() else ""
+    raise UserMistake(f"model {text!r}: {why}{hint}; allowed: {FORMS}")
+
+
+def _described(text: str, path: Path, extent: Extent | None) -> Source:
     from nas.export import FORMAT, load_model, read_signature
     from nas.files import read_json, unseal
     from spaces import get_space
 
-    path = Path(text) / "architecture.json" if Path(text).is_dir() else Path(text)
-    if not path.is_file():
-        why = "holds no architecture.json" if Path(text).is_dir() else "there is no such file"
-        hint = "; a run's trial is RUN#NUMBER" if (Path(text) / "trials").is_dir() else ""
-        raise UserMistake(f"model {text!r}: {why}{hint}; allowed: {FORMS}")
     described = read_json(path)
     if isinstance(described, dict) and "sha256" in described:
         described = unseal(described, path)
     needed = ("space", "architecture", "signature")
     if not isinstance(described, dict) or any(not described.get(name) for name in needed):
-        raise UserMistake(f"model {text!r}: {path} must hold an object with {', '.join(needed)}")
+        of_trial = isinstance(described, dict) and "run" in described and "number" in described
+        hint = f"; this one is of trial {described['number']} of a run: give RUN#NUMBER" if of_trial else ""
+        raise UserMistake(f"model {text!r}: {path} must hold an object with {', '.join(needed)}{hint}")
     if described.get("format", FORMAT) != FORMAT:
         raise UserMistake(f"model {text!r}: {path} has format {described['format']!r}; known: {FORMAT}")
     space = get_space(described["space"], task=described.get("scale_task"))
     architecture = space.canonical(described["architecture"])
-    signature = at_size(text, read_signature(described["signature"], path), extent)
+    try:
+        plain = read_signature(described["signature"], path)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserMistake(f"model {text!r}: {path}: signature: {first_line(error, 200)}") from None
+    signature = at_size(text, plain, extent)
     if extent is None and (path.parent / "weights.safetensors").exists() and path.name == "architecture.json":
         model = load_model(path.parent)
     else:
         model = _build(space, architecture, signature)
-    return Source(text, model, None, space.key(architecture), inputs_of(text, signature, extent))
+    origin = _origin(described["space"], described.get("scale_task"), architecture, signature)
+    return Source(text, model, None, space.key(architecture), inputs_of(text, signature, extent), origin)
+
+
+def _origin(
+    space: str | None, task: str | None, architecture: Mapping[str, Any], signature: Any
+) -> dict[str, Any]:
+    from nas.export import describe_signature
+
+    return {
+        "kind": "space",
+        "space": space,
+        "task": task,
+        "architecture": dict(architecture),
+        "signature": describe_signature(signature),
+    }
 
 
 def _run_and_number(text: str) -> tuple[Path, int] | None:
+    from nas.run_directory import RunDirectory
+
     run, mark, number = text.rpartition("#")
     if mark and run and number.isdecimal():
         return Path(run), int(number)
     path = Path(text)
+    if path.name == "architecture.json":  # a run's own record lacks what the run knows
+        path = path.resolve().parent
+        if not RunDirectory(path.parent.parent).holds_run():
+            return None
     if path.name.isdecimal() and path.parent.name == "trials":
         return path.parent.parent, int(path.name)
     return None
@@ -207,7 +278,9 @@ def _from_trial(text: str, extent: Extent | None) -> Source:
         )
     signature = at_size(text, read_signature(described, directory), extent)
     model = _build(run.study.space, trial.architecture, signature)
-    return Source(text, model, None, trial.key, inputs_of(text, signature, extent))
+    task = run.config.task or run.study.space.task
+    origin = _origin(run.config.space, task, trial.architecture, signature)
+    return Source(text, model, None, trial.key, inputs_of(text, signature, extent), origin)
 
 
 def _build(space: Any, architecture: Mapping[str, Any], signature: Any) -> nn.Module:
@@ -225,7 +298,7 @@ def _from_exported_program(text: str, extent: Extent | None) -> Source:
 
     if not Path(text).is_file():
         raise UserMistake(f"model {text!r}: there is no such file")
-    program = _load_program(text)
+    program = load_program(text)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     metas = [nodes[name].meta["val"] for name in program.graph_signature.user_inputs if name in nodes]
     arguments, keywords = program.example_inputs or ((), {})
@@ -239,52 +312,10 @@ def _from_exported_program(text: str, extent: Extent | None) -> Source:
         declared = tuple(size if isinstance(size, int) else None for size in meta.shape)
         usual = declared if example is None else tuple(example.shape)
         ids = torch.arange(2) if example is None and not meta.dtype.is_floating_point else None
-        slots.append(Slot(meta.dtype, declared, usual, ids if example is None else example.detach()))
-    model = _frozen(program.module())
+        ranges = [range_of(size, program.range_constraints) for size in meta.shape]
+        slots.append(Slot(meta.dtype, declared, usual, ids if example is None else example.detach(), ranges))
+    model = as_module(program)
     return Source(text, model, None, _structure_key(text, model), drawing(text, slots, extent))
-
-
-def _load_program(text: str) -> Any:
-    import torch
-
-    try:
-        with zipfile.ZipFile(text) as archive:
-            if any(re.search(r"data/constants/(custom|opaque)_obj_", name) for name in archive.namelist()):
-                raise UserMistake(
-                    f"model {text!r}: holds pickled objects, which are not loaded; export without them"
-                )
-        # torch falls back to unpickling whatever is in the file unless this forbids it.
-        before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-        try:
-            return torch.export.load(text)
-        finally:
-            os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-            if before is not None:
-                os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-    except UserMistake:
-        raise
-    except Exception as error:
-        raise UserMistake(f"model {text!r}: torch.export cannot load it: {cause_of(error)}") from error
-
-
-def _frozen(inner: nn.Module) -> nn.Module:
-    """An exported program as a module with the usual methods: its own ``train`` and ``eval`` only raise."""
-    from torch import nn
-
-    class Exported(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-            self.training = False
-
-        def train(self, mode: bool = True) -> Exported:
-            return self
-
-        def forward(self, *inputs: Any) -> Any:
-            return self.inner(*inputs)
-
-    return Exported()
 
 
 def _from_onnx(text: str, extent: Extent | None) -> Source:
@@ -327,17 +358,17 @@ def _from_onnx(text: str, extent: Extent | None) -> Source:
 def _from_function(text: str, extent: Extent | None) -> Source:
     """A function without arguments (or a class) that gives a module, or a module and its inputs."""
     import torch
-    from torch import nn
+    from torch.nn.parameter import is_lazy
 
     found = load_object(text)
     try:
         with _same_weights():
-            made = found() if callable(found) and not isinstance(found, nn.Module) else found
+            made = found() if callable(found) and not isinstance(found, torch.nn.Module) else found
     except Exception as error:
         raise UserMistake(f"model {text!r}: {cause_of(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, torch.nn.Module):
         raise UserMistake(
             f"model {text!r}: must return a torch.nn.Module or (module, inputs), not {type(made).__name__}"
         )
@@ -345,6 +376,12 @@ def _from_function(text: str, extent: Extent | None) -> Source:
         inputs = _usual_image(text, model, extent)
     if not isinstance(inputs, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise UserMistake(f"model {text!r}: its inputs must be a tuple of tensors, one for each argument")
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(x.is_meta or is_lazy(x) for x in (*tensors, *inputs)):
+        raise UserMistake(
+            f"model {text!r}: some tensors hold no values yet (meta device, or lazy layers before their first call); "
+            "return it with values, after a call"
+        )
     slots = [Slot(x.dtype, (None,) * x.dim(), tuple(x.shape), x.detach().cpu()) for x in inputs]
     return Source(text, model.cpu().eval(), None, _structure_key(text, model), drawing(text, slots, extent))
 

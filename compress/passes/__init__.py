@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from compress.passes._annotations import as_written, check_types, check_words
 from spaces.errors import UserMistake, nearest
 from spaces.names import Registry
 
@@ -42,7 +43,11 @@ def list_passes() -> list[str]:
 
 
 def make_pass(name: str, **options: Any) -> Pass:
-    """The pass of that name. Raises UserMistake for an unknown name or option (with the nearest one)."""
+    """The pass of that name.
+
+    Raises UserMistake for an unknown name or option (with the nearest one), or a value of another type than the pass's
+    ``__init__`` has in its annotation.
+    """
     cls = _REGISTRY.get(name)
     allowed = [key for key in inspect.signature(cls).parameters if key != "self"]
     for option in options:
@@ -52,9 +57,23 @@ def make_pass(name: str, **options: Any) -> Pass:
                 f"pass {name!r}: unknown option {option!r}{nearest(option, allowed)}; known: {known}"
             )
     try:
-        return cls(**options)
-    except TypeError as error:
-        raise UserMistake(f"pass {name!r}: {error}; its options are {', '.join(allowed) or 'none'}") from None
+        made = cls(**options)
+    except UserMistake:
+        raise  # what the pass itself has to say is the most exact
+    except Exception as error:
+        check_types(cls.__init__, name, options)
+        if not isinstance(error, (TypeError, ValueError)):
+            raise
+        given = (
+            ", ".join(f"{option}={as_written(value)}" for option, value in options.items()) or "no options"
+        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserMistake(
+            f"pass {name!r}: cannot be made with {given} ({reason}); its options are {', '.join(allowed) or 'none'}"
+        ) from None
+    check_types(cls.__init__, name, options)
+    check_words(cls.__init__, name, options)
+    return made
 
 
 def parse_pass(text: str) -> Pass:

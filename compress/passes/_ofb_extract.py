@@ -53,7 +53,7 @@ def plan_of(supernet: Supernet) -> Plan:
 def expand(model: nn.Module, supernet: Supernet) -> nn.Module:
     """A copy of ``model`` at full width in which what the search kept has its fused, trained values.
 
-    Units that were cut have the values of ``model``, so that a repair can take them back.
+    Units that were cut have the values of ``model``, so that a repair can take them back; so has what is frozen in it.
 
     Args:
         model: the dense model that the supernet was made from.
@@ -78,7 +78,10 @@ def expand(model: nn.Module, supernet: Supernet) -> nn.Module:
             inner[f"{name}relative_position_bias_table"] = (None, heads)
     trained = _trained(supernet)
     axes = {} if places is None else _axes_by_name(full)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, value in full.state_dict().items():
+        if name in frozen:  # its gate is not folded into it either
+            continue
         new = trained[name].to(value.dtype)
         if new.shape == value.shape and name not in inner and name not in axes:
             value.copy_(new)
@@ -161,8 +164,6 @@ def extract(full: nn.Module, supernet: Supernet, plan: Plan | None = None) -> nn
                 slicer.select(owner, name, index, dim)
                 sync_sizes(owner)
             set_embedding_width(model, plan.embedding)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     if any(isinstance(module, (Gate, GatedLinear)) for module in model.modules()):
         raise RuntimeError("ofb: a gate is left in the extracted model")
     return model.eval()  # type: ignore[no-any-return]

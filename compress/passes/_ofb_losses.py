@@ -77,6 +77,9 @@ def reconstruction_loss(images: Tensor, predicted: Tensor, masked: Tensor) -> Te
         images, predicted: (B, C, H, W).
         masked: (B, patches), 1 where the patch was hidden; a square or equally proportioned grid, row by row.
     """
+    images = images.to(
+        torch.promote_types(images.dtype, torch.float32)
+    )  # a variance of bfloat16 is mostly rounding
     batch, channels, height, width = images.shape
     patch = math.isqrt(height * width // masked.shape[1])
     mask = masked.reshape(batch, 1, height // patch, width // patch)

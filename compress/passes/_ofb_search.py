@@ -218,7 +218,7 @@ def taylor_importance(model: nn.Module, dimensions: Dimensions, context: Context
     gates = list(net.gates())
     for gate in gates:
         gate.fused = True
-        gate.probe = torch.ones(gate.dense, device=context.device, requires_grad=True)
+        gate.probe = torch.ones_like(gate.score).expand(gate.dense).clone().requires_grad_(True)
     probes = [gate.probe for gate in gates if gate.probe is not None]
     totals = [torch.zeros(gate.dense) for gate in gates]
     for batch in itertools.islice(batches_of(context), _TAYLOR_BATCHES):

@@ -49,7 +49,7 @@ class GatedLinear(nn.Module):
         x = self.linear(x)
         factor = self.gate.multiplier()
         if factor is not None:
-            x = x * factor.reshape(-1).repeat(self.parts)
+            x = x * factor.to(x.dtype).reshape(-1).repeat(self.parts)
         correction = self.temperature()
         if correction != 1:
             q, rest = x.split([x.shape[-1] // 3, x.shape[-1] - x.shape[-1] // 3], dim=-1)

@@ -6,8 +6,8 @@ Source: OFB (Once for Both, CVPR 2024); code HankYe/Once-for-Both at beb72b6.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Dimensions:
         head_step: between numbers of heads; None is the original's 2 where the number is even, else 1.
         calibrated: see ``Gate``.
         masked_images: add the decoder of masked image modelling (plain ViTs only).
+        refused: names of attentions and MLPs that are left as they are, with the reason.
+        whole_heads: names of attentions of which only whole heads can go.
         normalised_residual: while the embedding width is undecided, add each branch to the normalised input as the
             original does.
     """
@@ -51,6 +53,8 @@ class Dimensions:
     calibrated: bool = True
     masked_images: bool = True
     normalised_residual: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+    whole_heads: frozenset[str] = frozenset()
 
 
 class EmbeddingGate(nn.Module):
@@ -64,11 +68,11 @@ class EmbeddingGate(nn.Module):
         hidden: (B, patches) of the last call, 1 where hidden; None when nothing was.
     """
 
-    def __init__(self, gate: Gate, width: int, prefix: int, masked: bool):
+    def __init__(self, gate: Gate, width: int, prefix: int, masked: bool, like: Tensor):
         super().__init__()
         self.gate = gate
         self.prefix = prefix
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if masked else None
+        self.mask_token = nn.Parameter(like.new_zeros(1, 1, width)) if masked else None
         self.keep_ratio = 1.0
         self.noise: Tensor | None = None
         self.hidden: Tensor | None = None
@@ -77,6 +81,7 @@ class EmbeddingGate(nn.Module):
         """Tokens (B, prefix + patches, D) -> the same shape."""
         factor = self.gate.multiplier()
         if factor is not None:
+            factor = factor.to(x.dtype)
             x = x * factor
         self.hidden = None
         patches = x.shape[1] - self.prefix
@@ -140,6 +145,8 @@ class Supernet(nn.Module):
         self.dimensions = dimensions = dimensions or Dimensions()
         self.host: Any = copy.deepcopy(model)
         found, self.left_out = find_sites(self.host)
+        self.left_out += [f"{name} {reason}" for name, reason in dimensions.refused.items()]
+        found = [site for site in found if site.name not in dimensions.refused]
         reason = why_no_embedding(self.host)
         self.sites: list[Site] = [site for site in found if self._wrap(site)]
         self.decoder: nn.Sequential | None = None
@@ -155,8 +162,8 @@ class Supernet(nn.Module):
         wanted = self.dimensions
         if isinstance(site, AttentionSite):
             heads = options_of.head_options(site.heads, wanted.head_step) if wanted.heads else ()
-            channels = wanted.channels and not site.whole_heads
-            if not heads and not channels:
+            channels = wanted.channels and not site.whole_heads and site.name not in wanted.whole_heads
+            if len(heads) < 2 and not channels:
                 return False
             widths = options_of.channel_options(site.head_dim) if channels else ()
             gate = Gate(
@@ -178,7 +185,9 @@ class Supernet(nn.Module):
 
     @staticmethod
     def _place(gate: Gate, like: Tensor) -> None:
-        gate.to(device=like.device, dtype=like.dtype)
+        # Probabilities near 0 and 1, and steps of a search, are lost in numbers of two bytes.
+        wide = torch.promote_types(like.dtype, torch.float32)
+        gate.to(device=like.device, dtype=wide)
 
     def _add_embedding(self) -> None:
         host, wanted = self.host, self.dimensions
@@ -194,11 +203,11 @@ class Supernet(nn.Module):
         square = projection.kernel_size[0] == projection.kernel_size[1] == projection.stride[0]
         prefix = getattr(host, "num_prefix_tokens", 1)
         masked = wanted.masked_images and square
-        host.norm_pre = EmbeddingGate(gate, width, prefix, masked).to(projection.weight.device)
+        host.norm_pre = EmbeddingGate(gate, width, prefix, masked, projection.weight)
         if masked:
             patch = projection.kernel_size[0]
             decode = nn.Conv2d(width, projection.in_channels * patch**2, 1)
-            self.decoder = nn.Sequential(decode, nn.PixelShuffle(patch)).to(projection.weight.device)
+            self.decoder = nn.Sequential(decode, nn.PixelShuffle(patch)).to(projection.weight)
             host.norm.register_forward_hook(self._keep_latent)
         if wanted.normalised_residual:
             host.blocks = nn.Sequential(*(_NormalisedResidual(block, gate) for block in host.blocks))

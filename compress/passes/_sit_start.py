@@ -101,6 +101,10 @@ def _tokens_before(model: nn.Module, slimming: TokenSlimming, inputs: Sequence[T
 def _fit(slimming: TokenSlimming, tokens: Tensor, wanted: Tensor, seed: int) -> None:
     """Cross entropy between the weights wanted, (K, N), and those that ``slimming`` gives for ``tokens``, (B, N, C)."""
     order = torch.Generator().manual_seed(seed)
+    kind = tokens.dtype
+    wide = torch.promote_types(kind, torch.float32)  # steps this small are lost in numbers of two bytes
+    slimming.to(wide)
+    tokens = tokens.to(wide)
     parameters = list(slimming.parameters())
     optimizer = torch.optim.Adam(parameters, lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
@@ -113,3 +117,4 @@ def _fit(slimming: TokenSlimming, tokens: Tensor, wanted: Tensor, seed: int) -> 
         optimizer.step()
         schedule.step()
     optimizer.zero_grad()
+    slimming.to(kind)

@@ -194,6 +194,7 @@ def recalibrate(
             _epochs(model, teacher, reverse, optimizer, context, how, prefix)
     finally:
         model.to(home).eval()
+        model.zero_grad(set_to_none=True)
 
 
 def _reverse_of(
@@ -209,7 +210,7 @@ def _reverse_of(
     with torch.random.fork_rng([]):
         torch.manual_seed(context.seed)
         reverse = reverse_modules(counts, full[0].shape[1], full[0].shape[2], ratio=how.reverse_ratio)
-    return reverse.to(context.device)
+    return reverse.to(device=context.device, dtype=full[0].dtype)
 
 
 def _optimizer(model: nn.Module, reverse: nn.ModuleList, how: Recalibration) -> torch.optim.Optimizer:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from compress.labels import as_targets, check_labels
+from compress.structure import StructureError
 from nas.errors import RunStopped, UserMistake, nearest
 from nas.latency import Target
 
@@ -24,6 +26,7 @@ __all__ = [
     "Context",
     "Inputs",
     "Loss",
+    "NothingLeft",
     "Pass",
     "PassFailed",
     "batches_of",
@@ -60,6 +63,13 @@ class PassFailed(RunStopped):
     """A pass could not do its work, and not because of what it was asked for: the loss became NaN, for instance."""
 
 
+class NothingLeft(StructureError):
+    """There is nothing in the model that the pass could do, and it would not be wrong to leave the model as it is.
+
+    Behind a pass that makes the same ``changes`` the pipeline goes on without it; alone it is the user's mistake.
+    """
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much the result may cost.
@@ -86,6 +96,8 @@ class Budget:
             raise UserMistake(
                 f"budget: kind {self.kind!r}{nearest(str(self.kind), known)}; allowed: {', '.join(known)}"
             )
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            raise UserMistake(f"budget: {self.kind}={self.value!r} must be a number")
         fits = 0 < self.value < math.inf and (self.value <= 1 or not self.relative)
         if not fits:
             allowed = "a share of the original in (0, 1]" if self.relative else "above 0 and finite"
@@ -104,6 +116,10 @@ class Budget:
                 raise UserMistake(f"budget: {dict(text)!r} must name one of latency, macs, params")
             [(kind, value)] = text.items()
             text = f"{kind}={value}"
+        if not isinstance(text, str):
+            raise UserMistake(
+                f"budget={text!r}: write latency=0.6, latency=60%, latency=8ms, macs=0.5 or params=2e6"
+            )
         kind, equals, amount = text.replace("<=", "=").partition("=")
         kind, amount = kind.strip(), amount.strip().lower()
         percent, milliseconds = amount.endswith("%"), amount.endswith("ms")
@@ -141,11 +157,12 @@ class Budget:
 def classification_loss(outputs: Any, labels: Tensor) -> Tensor:
     """Cross entropy of logits (B, classes, ...); a tuple (distilled models in training) is averaged over its members.
 
-    Labels are classes (B, ...) or probabilities (B, classes, ...). A single output, (B, 1) or (B,), is the logit of a
+    Labels are classes (B, ...), whole numbers, of which -100 is left out, or one-hot or probabilities
+    (B, classes, ...). A single output, (B, 1) or (B,), is the logit of a
     chance, and its labels are 0, 1 or chances between, (B, 1) or (B,).
 
-    Raises UserMistake when labels of a single output are no chances or not as many, or for (B, 1, ...): of one class
-    the chance is always 1.
+    Raises UserMistake for classes that are no whole numbers or out of range; when labels of a single output are no
+    chances or not as many; or for (B, 1, ...): of one class the chance is always 1.
     """
     if isinstance(outputs, (tuple, list)):
         return torch.stack([classification_loss(one, labels) for one in outputs]).mean()
@@ -155,7 +172,8 @@ def classification_loss(outputs: Any, labels: Tensor) -> Tensor:
                 f"train: outputs {tuple(outputs.shape)} are logits of one class, from which nothing is learned; give "
                 "loss="
             )
-        return nn.functional.cross_entropy(outputs.float(), labels)
+        check_labels(labels, outputs.shape, "train")
+        return nn.functional.cross_entropy(outputs.float(), as_targets(labels, outputs.shape))
     if labels.numel() != outputs.numel():
         raise UserMistake(
             f"train: labels {tuple(labels.shape)} do not fit outputs {tuple(outputs.shape)}, one number for each "
@@ -194,8 +212,9 @@ class Context:
         seed: of everything random.
         device: where training and calibration run.
         epochs: for every pass that trains and was not told its own number; None leaves it to the pass.
-        probe: only the shapes of the result count (the pipeline looks for a strength that meets the budget): a pass
-            then skips all training but returns a model of the very structure it would return otherwise.
+        probe: only the shapes of the result count (the pipeline looks for a strength that meets the budget, or whether
+            all passes can work before the first one trains): a pass then skips all training but returns a model of the
+            very structure it would return otherwise.
         report: told one line about what is being done.
     """
 

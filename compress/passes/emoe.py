@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ __all__ = ["Emoe", "merge_experts"]
 Keep = Literal["faster", "anyway"]
 
 _EPOCHS = 3
+_EXPERTS = 24  # the paper's, for vision
+_FEWEST, _MOST = 8, 64  # what the paper's settings span, but for the largest language model
 _DECAY = 1e-4  # the paper's, for vision
 _NOT_RECOGNISED = "blocks whose units are experts are not recognised any more; put emoe behind that pass"
 _NO_UNITS = "replaced layers have no hidden units to group any more; put emoe in front of that pass"
@@ -51,7 +53,8 @@ class Emoe(Pass):
             blocks), negative from the end; or ``all``; None takes every second one of the last ``2 * last`` but the
             last, as the paper does (8 and 10 of 12).
         last: how many networks that pattern takes, at least 1.
-        experts: N, divides the number of hidden units; one number, or one for each of ``layers``.
+        experts: N, divides the number of hidden units; one number, or one for each of ``layers``. None takes for each
+            network the divisor in 8..64 that is nearest to the paper's 24; a network that has none stays dense.
         k: experts of each token, in [1, N]; likewise. A network with k = N stays dense. 4 where ``strength`` is not
             given either.
         strength: in [0, 1], instead of ``k``: 0 takes all experts, 1 a single one.
@@ -88,7 +91,7 @@ class Emoe(Pass):
         layers: Sequence[int] | str | None = None,
         *,
         last: int = 2,
-        experts: int | Sequence[int] = 24,
+        experts: int | Sequence[int] | None = None,
         k: int | Sequence[int] | None = None,
         strength: float | None = None,
         gate: str = "average",
@@ -155,15 +158,15 @@ class Emoe(Pass):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """See ``Pass.apply``."""
         result = copy.deepcopy(model).eval()
-        plan = self._plan(find_sites(result), type(model).__name__)
+        plan = self._plan(find_sites(result), type(model).__name__, context.report)
         measured = self.keep == "faster" and not self.back
         inputs = _inputs(result, [site.name for site, _, _ in plan], context) if measured else {}
-        placed = []
+        placed, said = list[str](), set[str]()
         for number, (site, count, k) in enumerate(plan):
             if k == count and self.gate != "learned":
                 continue
             made = self._experts(site, count, k, context.seed + number)
-            if not measured or self._faster(site, made, inputs[site.name], context):
+            if not measured or self._faster(site, made, inputs[site.name], context, said):
                 put(result, site.name, made)
                 placed.append(f"{site.name} ({k} of {count})")
         if not placed:
@@ -176,23 +179,36 @@ class Emoe(Pass):
             return merge_experts(result)
         return result
 
-    def _plan(self, sites: list[Site], kind: str) -> list[tuple[Site, int, int]]:
+    def _plan(
+        self, sites: list[Site], kind: str, report: Callable[[str], None]
+    ) -> list[tuple[Site, int, int]]:
         """Networks with their N and k."""
         if not sites:
             raise StructureError(
                 f"{kind}: within it is no feed-forward network of plain nn.Linear layers "
                 "(fc1, act, fc2; or fc1_g, fc1_x, act, fc2)"
             )
-        chosen = self._positions(len(sites))
-        counts = _each(self.experts, len(chosen), "experts")
+        chosen = [sites[place] for place in self._positions(len(sites))]
+        counts = self._counts(chosen)
         if self.strength is not None:
             used = [max(1, round(count * (1 - self.strength))) for count in counts]
         else:
             used = _each(self.k or 1, len(chosen), "k")
-        for position in chosen:
-            if sites[position].kind == "experts":
-                raise StructureError(f"{sites[position].name} is split into experts already; choose others")
-        return [(sites[place], count, k) for place, count, k in zip(chosen, counts, used, strict=True)]
+        for site, count in zip(chosen, counts, strict=True):
+            if site.kind == "experts":
+                raise StructureError(f"{site.name} is split into experts already; choose others")
+            if not count:
+                report(
+                    f"{site.name} stays dense: its {site.hidden} hidden units cannot be shared out evenly to "
+                    f"{_FEWEST} to {_MOST} experts"
+                )
+        return [one for one in zip(chosen, counts, used, strict=True) if one[1]]
+
+    def _counts(self, sites: Sequence[Site]) -> list[int]:
+        """N of each network; 0 where it was left open and no number suits."""
+        if self.experts is None:
+            return [_usual_count(site.hidden) for site in sites]
+        return _each(self.experts, len(sites), "experts")
 
     def _positions(self, depth: int) -> list[int]:
         if self.layers == "all":
@@ -232,7 +248,8 @@ class Emoe(Pass):
             torch.manual_seed(seed)  # a learned gate starts at random
             return split(site, self._groups[known], k, **form)
 
-    def _faster(self, site: Site, made: Experts, x: Tensor, context: Context) -> bool:
+    def _faster(self, site: Site, made: Experts, x: Tensor, context: Context, said: set[str]) -> bool:
+        """What the target says, measured once; each run of the pass tells it again, as others may not be heard."""
         key = (site.kind, tuple(made.config().values()), tuple(x.shape), str(context.target))
         if key not in self._verdicts:
             pair = compare_on_target(
@@ -245,8 +262,11 @@ class Emoe(Pass):
                 f"[{pair.low:.3f}, {pair.high:.3f}] of the time on {context.target}: "
                 f"{'split' if faster else 'they stay dense'}",
             )
-            context.report(self._verdicts[key][1])
-        return self._verdicts[key][0]
+        faster, words = self._verdicts[key]
+        if words not in said:
+            said.add(words)
+            context.report(words)
+        return faster
 
     def _finetune(self, model: nn.Module, context: Context) -> None:
         def balance(model: nn.Module, inputs: tuple[Tensor, ...], outputs: Any, taught: Any) -> Tensor:
@@ -309,6 +329,13 @@ def _inputs(model: nn.Module, names: Sequence[str], context: Context) -> dict[st
                 "give keep=anyway"
             )
     return {name: x.cpu() for name, x in seen.items()}
+
+
+def _usual_count(hidden: int) -> int:
+    """The divisor of ``hidden`` nearest to the paper's number, the smaller of two; 0 where none is near enough."""
+    most = min(_MOST, hidden // 2)  # an expert of a single unit is no group
+    fitting = [count for count in range(_FEWEST, most + 1) if hidden % count == 0]
+    return min(fitting, key=lambda count: abs(count - _EXPERTS), default=0)
 
 
 def _numbers(given: Any) -> bool:

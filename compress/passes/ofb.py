@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.finetune import epochs_of, finetune
+from compress.finetune import epochs_of, finetune, require_trainable
 from compress.passes import register_pass
+from compress.passes._laws import FLAG, check_options, number, optional, whole, word
 from compress.passes._ofb_cost import Cost, Macs, Parameters, Work
 from compress.passes._ofb_extract import Plan, expand, extract, plan_of, repair
+from compress.passes._ofb_fit import fitted_dimensions
 from compress.passes._ofb_gate import Gate
 from compress.passes._ofb_latency import fit_latency
 from compress.passes._ofb_losses import CLAMP
@@ -33,6 +35,7 @@ from compress.passes._ofb_search import (
 )
 from compress.passes._ofb_supernet import Dimensions, Supernet
 from compress.passes.base import Context, Pass
+from compress.probing import require_runs
 from compress.structure import StructureError
 from nas.errors import UserMistake
 
@@ -44,13 +47,35 @@ _EPOCHS = 10
 _TARGET = 0.5
 
 
+_LAWS = {
+    "target": optional(number("(0, 1]")),
+    "measure": optional(word("macs", "params", "latency")),
+    "epochs": optional(whole(0)),
+    "finetune_epochs": optional(whole(0)),
+    "learning_rate": number("above 0"),
+    "alpha_learning_rate": optional(number("above 0")),
+    "head_step": optional(whole(1)),
+    "threshold": number("(0, 1)"),
+    "one_hot_weight": number("at least 0"),
+    "cost_weight": number("at least 0"),
+    "distillation": number("[0, 1]"),
+    "importance": word("taylor", "magnitude", "random"),
+    "clamp": number("[0, 0.5)"),
+    **dict.fromkeys(("embedding", "heads", "channels", "mlp", "masked_images", "grow"), FLAG),
+    **dict.fromkeys(("tangent", "calibrated", "normalised_residual", "fresh_head"), FLAG),
+}
+
+
 @register_pass("ofb")
 class Ofb(Pass):
     """Searches widths of embedding, heads, q/k/v and MLPs, and extracts a plain, narrower model.
 
     Plain ViTs (DeiT, also distilled) are searched in all dimensions; other models with attentions (qkv, proj,
-    num_heads) and MLPs (fc1, act, fc2), such as Swin, in heads, head widths and MLPs. The cost of the result is at most
-    the target, and as near below it as one step of a width allows.
+    num_heads) and MLPs (fc1, act, fc2), such as Swin, in heads, head widths and MLPs. Those of classes that are not
+    known are tried first (``compress.probing``), and left as they are where a cut would not be exact. The cost of the
+    result is at most the target, and as near below it as one step of a width allows.
+
+    Frozen weights are searched by their importance like others, but keep their values and stay frozen.
 
     Args:
         target: share of the given model's cost, in (0, 1]; None: the context's budget, or 0.5.
@@ -108,24 +133,7 @@ class Ofb(Pass):
         normalised_residual: bool = False,
         fresh_head: bool = False,
     ):
-        laws = {
-            "target": (target is None or 0 < target <= 1, "in (0, 1]"),
-            "measure": (measure in (None, "macs", "params", "latency"), "macs, params or latency"),
-            "epochs": (epochs is None or epochs >= 0, "at least 0"),
-            "finetune_epochs": (finetune_epochs is None or finetune_epochs >= 0, "at least 0"),
-            "learning_rate": (learning_rate > 0, "above 0"),
-            "alpha_learning_rate": (alpha_learning_rate is None or alpha_learning_rate > 0, "above 0"),
-            "head_step": (head_step is None or head_step >= 1, "at least 1"),
-            "threshold": (0 < threshold < 1, "in (0, 1)"),
-            "one_hot_weight": (one_hot_weight >= 0, "at least 0"),
-            "cost_weight": (cost_weight >= 0, "at least 0"),
-            "distillation": (0 <= distillation <= 1, "in [0, 1]"),
-            "importance": (importance in ("taylor", "magnitude", "random"), "taylor, magnitude or random"),
-            "clamp": (0 <= clamp < 0.5, "in [0, 0.5)"),
-        }
-        for name, (holds, law) in laws.items():
-            if not holds:
-                raise UserMistake(f"ofb: {name}={locals()[name]!r} must be {law}")
+        check_options("ofb", locals(), _LAWS)
         self.target = target
         self.measure = measure
         self.epochs = epochs
@@ -183,26 +191,31 @@ class Ofb(Pass):
         return out.to(home).eval()
 
     def _apply(self, model: nn.Module, context: Context) -> nn.Module:
-        dense = copy.deepcopy(model).to(context.device).eval().requires_grad_(True)
-        supernet = Supernet(dense, self._dimensions()).to(context.device)
+        dense = copy.deepcopy(model).to(context.device).eval()
+        epochs = epochs_of(self.epochs, context, _EPOCHS, must=True)
+        after = epochs if self.finetune_epochs is None else self.finetune_epochs
+        require_trainable(dense, after, "finetune_epochs")
+        dimensions = fitted_dimensions(dense, self._dimensions(), context)
+        supernet = Supernet(dense, dimensions).to(context.device)
         for reason in supernet.left_out:
             context.report(f"ofb: not searched: {reason}")
         measure = self.measure or (context.budget.kind if context.budget else "macs")
         cost: Cost = (Parameters if measure == "params" else Macs)(dense, supernet.sites, context.example)
-        magnitude = magnitude_importance(dense, self._dimensions())
+        magnitude = magnitude_importance(dense, dimensions)
         rank_by(supernet, magnitude)
         goal = self._goal(supernet, cost, measure, context)
         known = dict(zip(supernet.gates(), magnitude, strict=True))
         price = cost if measure == "params" else Work(dense, supernet.sites, context.example)
         untrained = repair(plan_of(supernet), supernet, cost, goal.limit, known, price=price)
-        epochs = epochs_of(self.epochs, context, _EPOCHS, must=True)
         if context.probe:
-            return extract(dense, supernet, untrained)
+            out = extract(dense, supernet, untrained)
+            require_runs(out, context.example, "units")
+            return out
         reference = dense if goal.share is not None else extract(dense, supernet, untrained)
 
         self._begin(dense, supernet, cost, price, goal, known, context)
         full, plan = self._searched(dense, supernet, cost, goal, epochs, measure, context)
-        importance = dict(zip(supernet.gates(), self._taylor(full, context), strict=True))
+        importance = dict(zip(supernet.gates(), self._taylor(full, supernet, context), strict=True))
 
         def at(limit: float) -> tuple[nn.Module, float]:
             fitted = repair(plan, supernet, cost, limit, importance, grow=self.grow, price=price)
@@ -216,7 +229,7 @@ class Ofb(Pass):
             context.report(f"ofb: {unit} {reached:.6g} after the repair, of {goal.limit:.6g} allowed")
         if self.fresh_head:
             _renew_heads(out)
-        after = epochs if self.finetune_epochs is None else self.finetune_epochs
+        require_runs(out, context.example, "units")
         finetune(
             out,
             context,
@@ -242,7 +255,7 @@ class Ofb(Pass):
                 nn.init.trunc_normal_(gate.score, std=0.2)
             return
         if self.importance == "taylor":
-            known = dict(zip(supernet.gates(), self._taylor(dense, context), strict=True))
+            known = dict(zip(supernet.gates(), self._taylor(dense, supernet, context), strict=True))
             rank_by(supernet, list(known.values()))
         begin_near(supernet, repair(plan_of(supernet), supernet, cost, goal.limit, known, price=price))
 
@@ -287,10 +300,10 @@ class Ofb(Pass):
         share = min(1.0, allowed / original)
         return _Goal(share * cost.dense, share)
 
-    def _taylor(self, model: nn.Module, context: Context) -> list[Tensor]:
+    def _taylor(self, model: nn.Module, supernet: Supernet, context: Context) -> list[Tensor]:
         if context.train is None:
-            return magnitude_importance(model, self._dimensions())
-        return taylor_importance(model, self._dimensions(), context)
+            return magnitude_importance(model, supernet.dimensions)
+        return taylor_importance(model, supernet.dimensions, context)
 
     def _dimensions(self) -> Dimensions:
         return Dimensions(
@@ -352,7 +365,7 @@ def _refuse_tied(model: nn.Module) -> None:
 def _renew_heads(model: Any) -> None:
     for name in ("head", "head_dist"):
         layer = getattr(model, name, None)
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -14,8 +14,7 @@ from compress.outputs import relative_gap
 from compress.passes import register_pass
 from compress.passes._reparameterize_algebra import fold_norm, foldable, in_sequence, parallel
 from compress.passes._reparameterize_graph import Calls, branches_of, follows, scopes
-from compress.passes.base import Context, Pass, PassFailed
-from compress.structure import StructureError
+from compress.passes.base import Context, NothingLeft, Pass, PassFailed
 from nas.errors import UserMistake
 
 __all__ = ["Reparameterize"]
@@ -67,7 +66,7 @@ class Reparameterize(Pass):
         """See ``Pass.apply``.
 
         Raises:
-            StructureError: there is nothing to merge, and what was looked for.
+            NothingLeft: there is nothing to merge, and what was looked for.
             PassFailed: the result does not give what the model gave.
         """
         result = copy.deepcopy(model).eval()
@@ -90,7 +89,7 @@ class Reparameterize(Pass):
             if sum(done.values()) == before:
                 break
         if not sum(done.values()):
-            raise StructureError(
+            raise NothingLeft(
                 f"{type(model).__name__}: nothing to merge: no batch norm proven to follow a convolution or Linear, no "
                 "module that is a sum of convolutions of one input, no cheaper merger of linear layers in sequence"
             )

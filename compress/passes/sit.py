@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from compress.data import inputs_of
 from compress.finetune import epochs_of
+from compress.passes import _laws as laws
 from compress.passes import register_pass
 from compress.passes._sit_start import balanced_groups, fit_to_neighbours, grid_of
 from compress.passes._sit_training import (
@@ -106,9 +107,29 @@ def insert_slimmings(
     return made
 
 
+_LAWS = {
+    "slim_after": laws.optional(laws.wholes("blocks", "slim_after=[6,9]")),
+    "keep": laws.number("(0, 1]"),
+    "tokens": laws.optional(laws.wholes("tokens", "tokens=[98,49]")),
+    "slimmings": laws.whole(1),
+    "span": laws.number("(0, 1)"),
+    "ratio": laws.number("above 0"),
+    "start": laws.word("neighbours", "random"),
+    "epochs": laws.optional(laws.whole(0)),
+    "learning_rate": laws.number("above 0"),
+    "weight_decay": laws.number("at least 0"),
+    "reverse_ratio": laws.number("above 0"),
+    "token_weight": laws.number("at least 0"),
+    "logit_weight": laws.number("at least 0"),
+    "temperature": laws.number("above 0"),
+}
+
+
 @register_pass("sit")
 class Sit(Pass):
     """Slims the tokens of a plain vision transformer at some depths, and trains it against itself before.
+
+    Weights of the model that are frozen stay so; the slimmings learn.
 
     Args:
         preset: ``sit_t``, ``sit_xs``, ``sit_s``, ``sit_m`` or ``sit_l``: the published places, for a model with as many
@@ -159,33 +180,13 @@ class Sit(Pass):
         temperature: float = 1.0,
     ):
         if preset is not None and preset not in PRESETS:
-            raise UnknownNameError("preset of sit", preset, PRESETS)
+            raise UnknownNameError("preset of sit", str(preset), PRESETS)
         if preset is not None and slim_after is not None:
             raise UserMistake(
                 f"sit: preset={preset!r} tells where to slim; leave slim_after out, or the preset"
             )
-        laws = {
-            "keep": (0 < keep <= 1, "in (0, 1]"),
-            "slimmings": (slimmings >= 1, "at least 1"),
-            "span": (0 < span < 1, "in (0, 1)"),
-            "ratio": (ratio > 0, "above 0"),
-            "start": (start in ("neighbours", "random"), "neighbours or random"),
-            "epochs": (epochs is None or epochs >= 0, "at least 0"),
-            "learning_rate": (learning_rate > 0, "above 0"),
-            "weight_decay": (weight_decay >= 0, "at least 0"),
-            "reverse_ratio": (reverse_ratio > 0, "above 0"),
-            "token_weight": (token_weight >= 0, "at least 0"),
-            "logit_weight": (logit_weight >= 0, "at least 0"),
-            "temperature": (temperature > 0, "above 0"),
-        }
-        for name, (holds, law) in laws.items():
-            if not holds:
-                raise UserMistake(f"sit: {name}={locals()[name]!r} must be {law}")
+        laws.check_options("sit", locals(), _LAWS)
         self.preset = preset
-        if isinstance(slim_after, str):
-            raise UserMistake(
-                f"sit: slim_after={slim_after!r} must be a list of numbers, as in slim_after=[6,9]"
-            )
         self.slim_after = None if slim_after is None else list(slim_after)
         self.keep = keep
         self.tokens = None if tokens is None else list(tokens)

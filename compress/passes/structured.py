@@ -12,11 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from compress.finetune import epochs_of, finetune
+from compress.finetune import epochs_of, finetune, require_trainable
 from compress.passes import register_pass
+from compress.passes._laws import FLAG, check_options, number, optional, whole, word
 from compress.passes._unit_scores import Criterion, Scorer, taylor_gradients
 from compress.passes.base import Context, Pass
-from compress.structure import StructureError, find_mlps, recognise
+from compress.probing import fit, require_runs
+from compress.structure import StructureError, ViTStructure, find_mlps, recognise
 from compress.surgery import (
     keep_embedding,
     keep_head_channels,
@@ -33,6 +35,19 @@ Scope = Literal["uniform", "global"]
 UNITS = ("heads", "channels", "mlp", "embedding")
 _STRONGEST = 0.97
 _EPOCHS = 3
+
+
+_LAWS = {
+    "ratio": number("[0, 1)"),
+    "criterion": word("l1", "l2", "taylor"),
+    "bottleneck": FLAG,
+    "scope": word("uniform", "global"),
+    "multiple": optional(whole(1)),
+    "batches": whole(1),
+    "epochs": optional(whole(0)),
+    "learning_rate": number("above 0"),
+    "distillation": number("[0, 1]"),
+}
 
 
 @register_pass("structured")
@@ -71,24 +86,10 @@ class Structured(Pass):
         learning_rate: float = 5e-4,
         distillation: float = 0.5,
     ):
-        kinds = [one.strip() for one in units.split("+")] if isinstance(units, str) else list(units)
+        check_options("structured", locals(), _LAWS)
+        kinds = _kinds(units)
         if not bottleneck and "embedding" not in kinds:
             kinds.append("embedding")
-        for kind in kinds:
-            if kind not in UNITS:
-                raise UserMistake(
-                    f"structured: unknown units {kind!r}{nearest(str(kind), UNITS)}; known: {', '.join(UNITS)}"
-                )
-        if not kinds:
-            raise UserMistake(f"structured: units is empty; known: {', '.join(UNITS)}")
-        if not 0 <= ratio < 1:
-            raise UserMistake(f"structured: ratio={ratio} must be in [0, 1), the share that goes")
-        if criterion not in ("l1", "l2", "taylor") or scope not in ("uniform", "global"):
-            raise UserMistake(
-                f"structured: criterion={criterion!r}, scope={scope!r}; allowed: l1, l2, taylor, and uniform, global"
-            )
-        if (multiple is not None and multiple < 1) or batches < 1:
-            raise UserMistake(f"structured: multiple={multiple} and batches={batches} must be at least 1")
         self.ratio, self.criterion, self.units, self.bottleneck = ratio, criterion, tuple(kinds), bottleneck
         self.scope, self.multiple, self.batches = scope, multiple, batches
         self.epochs, self.learning_rate, self.distillation = epochs, learning_rate, distillation
@@ -102,6 +103,9 @@ class Structured(Pass):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """See ``Pass.apply``."""
         result = copy.deepcopy(model).eval()
+        epochs = epochs_of(self.epochs, context, _EPOCHS)
+        require_trainable(result, epochs)
+        self._fit(result, context)
         gradients = []
         criterion = self.criterion
         if criterion == "taylor":
@@ -110,14 +114,31 @@ class Structured(Pass):
             else:
                 gradients = taylor_gradients(result, context, self.batches)
         self._cut(result, Scorer(criterion, gradients))
+        require_runs(result, context.example, " and ".join(self.units))
         finetune(
             result,
             context,
-            epochs=epochs_of(self.epochs, context, _EPOCHS),
+            epochs=epochs,
             learning_rate=self.learning_rate,
             distillation=self.distillation,
         )
         return result
+
+    def _fit(self, model: nn.Module, context: Context) -> None:
+        """Attentions and MLPs of unknown classes are tried before anything is cut; see ``compress.probing``."""
+        kinds = {"hidden" if one == "mlp" else one for one in self.units}
+        if kinds == {"hidden"}:
+            attentions, mlps = [], [mlp.name for mlp in find_mlps(model)]
+        else:
+            blocks = _structure(model).blocks
+            attentions = [f"{block.name}.attn" for block in blocks]
+            mlps = [block.mlp.name for block in blocks] if kinds & {"hidden", "embedding"} else []
+        found = fit(model, attentions, mlps, kinds, context.example)
+        if found.replaced:
+            context.report(f"{', '.join(found.replaced)}: timm's Attention now, which computes the same")
+        for name, reason in found.reasons.items():
+            hint = "; units=mlp alone asks for less" if name in attentions else ""
+            raise StructureError(f"{type(model).__name__}: {name} {reason}{hint}")
 
     def _cut(self, model: nn.Module, scorer: Scorer) -> None:
         # All scores come from the model as it was: what is cut first must not change what is cut next.
@@ -128,13 +149,9 @@ class Structured(Pass):
                     f"{type(model).__name__}: no MLP with independent hidden units (fc1, act, fc2)"
                 )
             for mlp, kept in zip(mlps, self._choose([scorer.hidden(mlp) for mlp in mlps]), strict=True):
-                keep_mlp_units(mlp, kept)
+                keep_mlp_units(mlp, kept, probed=True)
             return
-        try:
-            structure = recognise(model)
-        except StructureError as error:
-            hint = "; units=mlp alone asks for less" if find_mlps(model) else ""
-            raise StructureError(f"{error}{hint}") from None
+        structure = _structure(model)
         blocks = structure.blocks
         if "channels" in self.units and (normed := next((b.name for b in blocks if b.qk_normed), None)):
             raise StructureError(
@@ -150,17 +167,17 @@ class Structured(Pass):
         counts = self._channel_counts(matched, carried) if matched else []
         for position, block in enumerate(blocks):
             if hidden:
-                keep_mlp_units(block, hidden[position])
+                keep_mlp_units(block, hidden[position], probed=True)
             kept = heads[position] if heads else torch.arange(block.num_heads)
             if heads:
-                keep_heads(block, kept)
+                keep_heads(block, kept, probed=True)
             if counts:
                 best = [
                     _best(scores[kept], counts[position]) for scores in (matched[position], carried[position])
                 ]
-                keep_head_channels(block, list(best[0]), list(best[1]))
+                keep_head_channels(block, list(best[0]), list(best[1]), probed=True)
         if width:
-            keep_embedding(structure, width[0])
+            keep_embedding(structure, width[0], probed=True)
 
     def _choose(self, scores: Sequence[Tensor], *, whole: bool = True) -> list[Tensor]:
         """Positions to keep for each layer, ascending; ``whole``: as many as kernels like."""
@@ -202,6 +219,29 @@ class Structured(Pass):
             for both in zip(matched, carried, strict=True)
         ]
         return [self._rounded(n, len(one)) for n, one in zip(self._counts(ranked), ranked, strict=True)]
+
+
+def _kinds(units: str | Sequence[str]) -> list[str]:
+    if not isinstance(units, (str, list, tuple)) or not units:
+        raise UserMistake(
+            f"structured: units={units!r} must be a list of, or a text as in channels+mlp of: "
+            f"{', '.join(UNITS)}"
+        )
+    kinds = [one.strip() for one in units.split("+")] if isinstance(units, str) else list(units)
+    for kind in kinds:
+        if kind not in UNITS:
+            raise UserMistake(
+                f"structured: unknown units {kind!r}{nearest(str(kind), UNITS)}; known: {', '.join(UNITS)}"
+            )
+    return kinds
+
+
+def _structure(model: nn.Module) -> ViTStructure:
+    try:
+        return recognise(model)
+    except StructureError as error:
+        hint = "; units=mlp alone asks for less" if find_mlps(model) else ""
+        raise StructureError(f"{error}{hint}") from None
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

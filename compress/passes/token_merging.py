@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compress.finetune import epochs_of, finetune
 from compress.outputs import require_same
@@ -35,6 +36,8 @@ _NO_PLAIN_BLOCKS = (
 @register_pass("token_merging")
 class TokenMerging(Pass):
     """Merges ``r`` pairs of tokens in every block, between attention and MLP.
+
+    Gradient checkpointing, of a model that has it on, is off in the result: it would go past the merging.
 
     Args:
         r: pairs in each block, at least 0; or a list with one number for each block; or None, where ``strength``
@@ -93,6 +96,7 @@ class TokenMerging(Pass):
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """See ``Pass.apply``."""
         result = copy.deepcopy(model).eval()
+        _call_blocks_as_a_whole(result)
         structure = recognise(result)
         if isinstance(structure.container, TokenMergingBlocks):
             raise StructureError("its tokens are merged already; give a larger r in one pass instead")
@@ -117,6 +121,7 @@ class TokenMerging(Pass):
         result.blocks = blocks
         require_same(result, model, context.example, _NO_PLAIN_BLOCKS)
         blocks.amounts = tuple(amounts)
+        _require_fewer(result, blocks, context.example)
         context.report(f"pairs merged in each block: {', '.join(map(str, amounts))}")
         finetune(
             result,
@@ -141,6 +146,32 @@ class TokenMerging(Pass):
             amounts.append(max(0, min(want, (tokens - prefix) // 2)))
             tokens -= amounts[-1]
         return amounts
+
+
+def _call_blocks_as_a_whole(model: nn.Module) -> None:
+    """Without gradient checkpointing, for which timm calls the blocks one by one instead of what holds them."""
+    for module in model.modules():
+        if getattr(module, "grad_checkpointing", False) is True:
+            module.grad_checkpointing = False  # type: ignore[assignment]
+
+
+def _require_fewer(model: nn.Module, blocks: TokenMergingBlocks, example: Sequence[Tensor]) -> None:
+    """Raises StructureError when a call of ``model`` leaves as many tokens behind its blocks as came in."""
+    seen: list[tuple[int, int]] = []
+    hook = blocks.register_forward_hook(
+        lambda module, given, made: seen.append((given[0].shape[1], made.shape[1]))
+    )
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            model(*(x.to(device) for x in example))
+    finally:
+        hook.remove()
+    if any(blocks.amounts) and not (seen and all(after < before for before, after in seen)):
+        raise StructureError(
+            "its forward does not call 'blocks' as a whole, or calls it without enough tokens, so that nothing is "
+            "merged; leave token_merging out, or call self.blocks(x)"
+        )
 
 
 def schedule(r: int, depth: int, inflection: float = 0.0) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.markup import escape
 
 from nas.errors import UserMistake, first_line
 
@@ -26,7 +27,9 @@ def register(app: typer.Typer) -> None:
 
 def compress(
     model: str = typer.Option(
-        ..., help="timm:NAME, an architecture.json or its directory, RUN#TRIAL, module:function."
+        ...,
+        help="timm:NAME, an architecture.json or its directory, RUN#TRIAL, module:function, or a directory that "
+        "--out was written to.",
     ),
     passes: list[str] = typer.Option(
         [],
@@ -46,7 +49,7 @@ def compress(
     ),
     data_root: str | None = typer.Option(None, help="Where data sets lie."),
     size: str | None = typer.Option(None, help="Size of the input: 224 (default: the model's own)."),
-    target: str = typer.Option("cpu:1", help="DEVICE[:THREADS][+bf16|+fp16][+RUNTIME][@BATCH]."),
+    target: str = typer.Option("cpu:1", help=escape("DEVICE[:THREADS][+bf16|+fp16][+RUNTIME][@BATCH].")),
     budget: str | None = typer.Option(None, help="latency=0.6, latency=8ms, macs=0.5, params=2e6."),
     epochs: int | None = typer.Option(
         None, min=0, help="For every pass that trains and was not told its own."
@@ -70,11 +73,10 @@ def compress(
         raise UserMistake(f"--pass: give at least one of {', '.join(list_passes())}")
     if out is not None:
         check_empty(out)
-    source, inputs = _load(model, size, pretrained=pretrained, weights=weights)
+    source, inputs, origin = _load(model, size, pretrained=pretrained, weights=weights)
     lesson = _task(task, data, data_root, inputs)
-    origin = _origin(model)
     if lesson is not None:
-        _fit(source, lesson, inputs, origin, console)
+        _fit(source, lesson, origin, console)
     if weights is not None:
         _read_weights(source, weights)
     result = run(
@@ -103,21 +105,24 @@ def _print(console: Any, result: CompressionResult) -> None:
     console.print(result.report())
     for step in result.steps:
         if step.uncounted:
-            console.print(Text(f"{step.name}: not in its MACs: {', '.join(step.uncounted)}", style="yellow"))
+            line = f"{step.name}: not in its MACs: {', '.join(step.uncounted)}"
+            console.print(Text(line, style="yellow"), soft_wrap=True)
         for reason in (step.latency or {}).get("reasons", ()):
             console.print(Text(f"{step.name}: {reason}", style="yellow"), soft_wrap=True)
 
 
 def _load(
     text: str, size: str | None, *, pretrained: bool, weights: Path | None
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The model, and inputs of one call with one sample."""
+) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any] | None]:
+    """The model, inputs of one call with one sample, and its origin where the model itself does not tell it."""
     import torch
 
     from nas.sources import load_source
 
     if pretrained and (weights is not None or not text.startswith("timm:")):
         raise UserMistake("--pretrained: is for timm:NAME, and not together with --weights")
+    if (Path(text) / "compressed.json").is_file():
+        return _load_compressed(text, size)
     source = load_source(text, size=size)
     if source.model is None:
         raise UserMistake(
@@ -125,28 +130,39 @@ def _load(
         )
     inputs = tuple(source.make_inputs(1, torch.Generator().manual_seed(0)))
     model = _downloaded(text.removeprefix("timm:"), source.model) if pretrained else source.model
-    return model, inputs
+    return model, inputs, source.origin
 
 
-def _fit(
-    model: Any, task: Any, inputs: tuple[Tensor, ...], origin: dict[str, Any] | None, console: Any
-) -> None:
-    """A classifier for the classes of the data; pictures with the model's number of channels, or its very features."""
+def _load_compressed(
+    text: str, size: str | None
+) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Any] | None]:
+    from compress import load
+
+    if size is not None:
+        raise UserMistake(f"--size: model {text} was compressed for its own size; leave --size out")
+    try:
+        found = load(text)
+    except UserMistake as mistake:
+        raise UserMistake(
+            f"--model {text}: {mistake}; what this option cannot load, a module:function can: it returns "
+            "(compress.load(...).model, inputs)"
+        ) from None
+    return found.model, found.example, found.origin
+
+
+def _fit(model: Any, task: Any, origin: dict[str, Any] | None, console: Any) -> None:
+    """A classifier for the classes of the data; of other data than pictures, the model's very features."""
     from rich.text import Text
 
-    made_for = origin["signature"] if origin is not None else None
+    made_for = (origin or {}).get("signature")
     if made_for is not None and task.name != _IMAGES and not _same_signature(made_for, task.signature):
         raise UserMistake(
             f"--data: the model was made for other features or vocabularies than those of this {task.name} data; give "
             "the data that it was searched for"
         )
-    channels, classes = getattr(task.signature, "channels", None), getattr(task.signature, "classes", None)
-    if channels is not None and channels != inputs[0].shape[1]:
-        raise UserMistake(
-            f"--data: its pictures have {channels} channel(s), the model takes {inputs[0].shape[1]}; give a "
-            "module:function that makes a model for them"
-        )
-    own = getattr(model, "num_classes", None)
+    for note in task.describe().get("notes", ()):
+        console.print(Text(f"--data: {note}", style="dim"), soft_wrap=True)
+    own, classes = getattr(model, "num_classes", None), getattr(task.signature, "classes", None)
     if classes is not None and isinstance(own, int) and own != classes and hasattr(model, "reset_classifier"):
         model.reset_classifier(classes)
         line = f"the classifier was made anew: {classes} classes in the data, {own} in the model"
@@ -200,33 +216,19 @@ def _read_weights(model: nn.Module, path: Path) -> None:
         raise UserMistake(f"--weights {path}: does not fit the model: {reason}") from None
 
 
-def _origin(text: str) -> dict[str, Any] | None:
-    """Of one of our own architectures; timm's models and classes tell it themselves."""
-    from nas.files import read_json, unseal
-
-    path = Path(text) / "architecture.json" if Path(text).is_dir() else Path(text)
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    described = read_json(path)
-    if "sha256" in described:
-        described = unseal(described, path)
-    return {
-        "kind": "space",
-        "space": described["space"],
-        "task": described.get("scale_task"),
-        "architecture": described["architecture"],
-        "signature": described["signature"],
-    }
-
-
 def _task(name: str, data: str | None, root: str | None, inputs: tuple[Tensor, ...]) -> Any:
-    """The task, its pictures as large as the model takes them."""
+    """The task, its pictures as large, and with as many channels, as the model takes them."""
     if data is None:
         if name != _IMAGES:
             raise UserMistake(f"--task {name}: is what --data is learned as; give --data too")
         return None
     from nas.tasks import make_task
+    from nas.tasks._click_data import GENERATED
+    from nas.tasks.text_data import GRAMMAR
 
+    home = {GENERATED: "click_through_rate", GRAMMAR: "translation"}.get(data)
+    if home is not None and name == _IMAGES:
+        raise UserMistake(f"--data {data}: belongs to --task {home}; give that too")
     options: dict[str, Any] = {"data": data, "data_root": root}
     if name == _IMAGES:
         if len(inputs) != 1 or inputs[0].dim() != 4:
@@ -234,5 +236,5 @@ def _task(name: str, data: str | None, root: str | None, inputs: tuple[Tensor, .
             raise UserMistake(
                 f"--task {name}: needs a model of pictures, this one takes {shapes}; give --task"
             )
-        options["image_size"] = int(inputs[0].shape[-1])
+        options |= {"image_size": int(inputs[0].shape[-1]), "channels": int(inputs[0].shape[1])}
     return make_task(name, **options)

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from nas.errors import UserMistake
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["register"]
+
+_TARGET = "cpu:1"
+_SECONDS = 20.0
 
 
 def register(app: typer.Typer) -> None:
@@ -22,8 +27,12 @@ def register(app: typer.Typer) -> None:
 def doctor(
     repair: Path | None = typer.Option(None, help="Mend this run directory: a damaged study or recipe."),
     latency: bool = typer.Option(False, "--latency", help="Measure ten known models twice: do they repeat?"),
-    target: str = typer.Option("cpu:1", help="With --latency: where to measure them."),
-    seconds: float = typer.Option(20.0, min=2.0, help="With --latency: for each of the two measurements."),
+    target: str | None = typer.Option(
+        None, show_default=_TARGET, help="With --latency: where to measure them."
+    ),
+    seconds: float | None = typer.Option(
+        None, min=2.0, show_default=str(_SECONDS), help="With --latency: for each of the two measurements."
+    ),
     json_file: Path | None = typer.Option(None, "--json", help="With --latency: also write the result here."),
 ) -> None:
     """Examine the installation and the devices; exit code 1 when something will fail."""
@@ -32,7 +41,11 @@ def doctor(
     from rich.text import Text
 
     from nas import doctor as library
+    from nas.cli._arguments import check_writable
 
+    given = {"--target": target, "--seconds": seconds, "--json": json_file}
+    _check(repair, latency, [option for option, value in given.items() if value is not None])
+    check_writable({"--json": json_file})
     console = Console(highlight=False)
     if repair is not None:
         lines = library.repair(repair)
@@ -40,7 +53,12 @@ def doctor(
             console.print(Text(line), soft_wrap=True)
         return
     if latency:
-        _latency(console, target, seconds, json_file)
+        _latency(
+            console,
+            _TARGET if target is None else target,
+            _SECONDS if seconds is None else seconds,
+            json_file,
+        )
         return
     table = Table.grid(padding=(0, 2))
     findings = library.examine()
@@ -59,6 +77,17 @@ def doctor(
             Text(f"{len(broken)} will fail: {', '.join(f.subject for f in broken)}", style="bold red")
         )
         raise typer.Exit(1)
+
+
+def _check(repair: Path | None, latency: bool, given: list[str]) -> None:
+    """Nothing that was asked for is left undone without a word. Raises UserMistake."""
+    if repair is not None and latency:
+        raise UserMistake("--repair and --latency: are two things; ask for one at a time")
+    if given and not latency:
+        verb = "belongs" if len(given) == 1 else "belong"
+        raise UserMistake(
+            f"{', '.join(given)}: {verb} to --latency; give --latency too, or leave out {given[0]}"
+        )
 
 
 def _latency(console: Console, target: str, seconds: float, json_file: Path | None) -> None:

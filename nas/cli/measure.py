@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.markup import escape
 
 from nas.errors import UserMistake
 from nas.report.formats import one_line
@@ -31,7 +31,12 @@ def measure(
         metavar="MODEL...",
         help="timm:NAME, architecture.json or an exported directory, RUN#TRIAL, a .pt2 or .onnx file, module:function.",
     ),
-    target: str = typer.Option("cpu", help="DEVICE[:THREADS][+bf16|+fp16][+RUNTIME][@BATCH][/SIZE]."),
+    target: str = typer.Option(
+        "cpu",
+        help=escape(
+            "DEVICE and any of [:THREADS] [+bf16|+fp16] [+RUNTIME] [@BATCH] [/SIZE], as in cpu:1+bf16@8."
+        ),
+    ),
     compare: bool = typer.Option(
         False, "--compare", help="Say of each pair which is faster, or 'cannot tell'."
     ),
@@ -50,20 +55,27 @@ def measure(
         None, metavar="FILE", help="Keep the reference's time here: sessions that share it can be compared."
     ),
     json_file: Path | None = typer.Option(None, "--json", metavar="FILE", help="Write everything as JSON."),
-    plot: Path | None = typer.Option(None, metavar="FILE", help="Draw the intervals into a PNG file."),
+    plot: Path | None = typer.Option(None, metavar="FILE", help="Draw the intervals: .png, .pdf, .svg, ..."),
 ) -> None:
     """Measure models together, interleaved; exit code 1 when none could be measured."""
     from rich.console import Console
     from rich.text import Text
 
+    from nas.cli._arguments import check_writable
     from nas.files import atomic_write_json
     from nas.latency import Plan, Target
     from nas.latency.per_layer import check_layers
+    from nas.latency.reference import check_scale_file
     from nas.measure_sources import measure_sources
     from nas.report import latency_table as report
 
-    for option, path in (("--json", json_file), ("--plot", plot), ("--scale", scale)):
-        _check_writable(option, path)
+    check_writable({"--json": json_file, "--plot": plot, "--scale": scale})
+    if plot is not None:
+        report.picture_format(plot)
+    if scale is not None:
+        check_scale_file(scale)
+    if compare and len(models) == 1:
+        raise UserMistake(f"--compare: {models[0]} is the only model; give another one, or leave it out")
     if per_layer:
         check_layers(Target.parse(target))
     console = Console(highlight=False)
@@ -83,7 +95,7 @@ def measure(
     if json_file is not None:
         atomic_write_json(json_file, report.session_json(session, None))
     if plot is not None and session.results:
-        report.write_latency_png(session, plot)
+        report.write_latency_picture(session, plot)
     if per_layer:
         # Last, and in this process: whatever happens there, the measurement is on screen and on disk already.
         with _Progress(console) as progress:
@@ -95,15 +107,6 @@ def measure(
             atomic_write_json(json_file, report.session_json(session, layers))
     if not session.results:
         raise typer.Exit(1)
-
-
-def _check_writable(option: str, path: Path | None) -> None:
-    """Before minutes of measuring, not after. Raises UserMistake."""
-    if path is None:
-        return
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        why = "is a directory" if path.is_dir() else f"{path.parent} is not a directory that can be written"
-        raise UserMistake(f"{option} {path}: {why}; give the path of a file in an existing directory")
 
 
 def _layers(
@@ -144,13 +147,15 @@ def _print(console: Console, session: Session, *, memory: bool, energy: bool) ->
 
 
 class _Progress:
-    """What is being measured, on a terminal only, and gone when it is over."""
+    """What is being measured: on a terminal one line that goes when it is over, elsewhere a line a model on stderr."""
 
     def __init__(self, console: Console):
         self._console = console
         self._status: Any = console.status("starting") if console.is_terminal else None
         self._round = 0
         self._visit = ""
+        self._said: set[str] = set()
+        self._loaded = False  # before that a mistake of the user is still to be told, and alone
 
     def __enter__(self) -> _Progress:
         if self._status is not None:
@@ -162,13 +167,26 @@ class _Progress:
             self._status.stop()
 
     def tell(self, event: Mapping[str, Any]) -> None:
-        """What ``measure_sources`` reports: the model it turns to, the round it has done."""
+        """What ``measure_sources`` reports: the model it turns to, the round it has done, the model it leaves out."""
         from rich.text import Text
+
+        from nas.latency.reference import REFERENCE_NAME
 
         self._round = int(event.get("round", self._round))
         self._visit = str(event.get("visit", self._visit))
         if self._status is not None:
             self._status.update(Text(f"round {self._round + 1}: {one_line(self._visit, 60)}"))
+        elif "failed" in event:
+            self._say(f"left out {one_line(event['failed'])}: {one_line(event['reason'])}")
+        elif "wait" in event:
+            self._loaded = True
+        elif self._loaded and "visit" in event and self._visit != REFERENCE_NAME:
+            self._say(f"measuring {one_line(self._visit)}")
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            typer.echo(line, err=True)
 
     def note(self, text: str) -> None:
         """A line that stays."""

@@ -36,11 +36,13 @@ def profile(
     from rich.console import Console
     from rich.text import Text
 
+    from nas.cli._arguments import check_writable
     from nas.errors import UserMistake
     from nas.files import atomic_write_json
     from nas.profile import compare
     from nas.sources import load_source
 
+    check_writable({"--json": json_file})
     source = load_source(model, size=size)
     if source.model is None:
         raise UserMistake(

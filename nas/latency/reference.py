@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nas.errors import UserMistake
 from nas.files import atomic_write_json
 from nas.latency.target import Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["REFERENCE_NAME", "ReferenceTimes", "reference_workload"]
+__all__ = ["REFERENCE_NAME", "ReferenceTimes", "check_scale_file", "reference_workload"]
 
 REFERENCE_NAME = "reference"
 
@@ -21,6 +23,9 @@ REFERENCE_NAME = "reference"
 # width 192, one visit scattered by 5 to 6 % on an idle machine, like this by 1 to 2 %.
 _CPU_SHAPE = (4, 64, 256, 1)
 _DEVICE_SHAPE = (2, 768, 196, 8)
+
+_DIGEST = re.compile(r"[0-9a-f]{8,}-[a-z]+")  # of the conditions, and the clock
+_GO_ON = "it is left as it is: give the path of another file, or delete this one"
 
 
 def reference_workload(target: Target) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -72,8 +77,7 @@ class ReferenceTimes:
     def get(self, digest: str) -> float | None:
         """Milliseconds for the conditions of this digest; None when they were never met or the file is damaged."""
         found = self._read().get(digest)
-        usable = isinstance(found, (int, float)) and math.isfinite(found) and found > 0
-        return float(found) if usable else None  # type: ignore[arg-type]
+        return float(found) if _is_time(found) else None  # type: ignore[arg-type]
 
     def put(self, digest: str, milliseconds: float) -> None:
         """Set the scale for these conditions, for whoever holds the device."""
@@ -88,3 +92,32 @@ class ReferenceTimes:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+
+def check_scale_file(path: Path) -> None:
+    """Raises UserMistake for a file that stands at ``path`` and holds no scale: the next measurement would replace it.
+
+    A file that is not there yet is one that will be made.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserMistake(f"--scale {path}: cannot be read ({why}); {_GO_ON}") from None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserMistake(
+            f"--scale {path}: is a damaged scale file, or another kind of file; {_GO_ON}"
+        ) from None
+    if not isinstance(found, dict) or not all(
+        _DIGEST.fullmatch(key) and _is_time(value) for key, value in found.items()
+    ):
+        raise UserMistake(f"--scale {path}: is not a file of an earlier --scale; {_GO_ON}")
+
+
+def _is_time(value: object) -> bool:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]

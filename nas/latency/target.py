@@ -77,7 +77,7 @@ class Target:
             self._refuse("device", "cpu, cuda, cuda:INDEX or mps")
         if self.threads is not None and (self.device != "cpu" or not _within(self.threads, _MOST_THREADS)):
             self._refuse("threads", f"a whole number from 1 to {_MOST_THREADS} on a CPU, else None")
-        if self.dtype not in _DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             self._refuse("dtype", ", ".join(_DTYPES), nearest(str(self.dtype), list(_DTYPES)))
         if not _within(self.batch, _MOST_BATCH):
             self._refuse("batch", f"a whole number from 1 to {_MOST_BATCH}")
@@ -101,6 +101,8 @@ class Target:
         """
         if isinstance(text, Mapping):
             return cls._of_mapping(text)
+        if not isinstance(text, str):
+            raise UserMistake(f"target {text!r} must be a text or a mapping of fields; allowed: {FORMS}")
         body, slash, size_text = text.strip().partition("/")
         body, at, batch_text = body.partition("@")
         first, *options = body.split("+")

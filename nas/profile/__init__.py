@@ -3,15 +3,20 @@
 The convention:
 
 - One MAC is one multiply-accumulate of a matrix product or a convolution. Both products of attention count, all of
-  their queries x keys whatever the mask; products with padding count, as kernels do them. A complex one counts once.
+  their queries x keys whatever the mask (flex_attention's block mask too: what it skips is counted); products with
+  padding count, as kernels do them. A complex one counts once.
+- A product sums over an index: vecdot, einsum, multi_dot and matrix_power are products. One that sums over none
+  (outer, ger, addr, kron, an einsum that keeps all indices) is element-wise and counts nothing, and so does a sum of
+  element-wise products that is written as such (``(a * b).sum(-1)``, cosine_similarity).
 - A Fourier transform of N points in all counts 2.5 N log2 N, half of that where one side is real.
 - Nothing else counts: no bias, norm, softmax, activation, pooling, resizing, embedding look-up, data movement
   (unfold and fold among it) or other element-wise work.
 - Activations are the numbers that counted products write, attention scores among them.
 - Parameters are counted once wherever they are shared; buffers are none.
 
-What works hard and has no formula (grid_sample, cdist, decompositions, kernels of other libraries that nobody told us
-about with ``register_formula``) is named in ``uncounted``, never dropped silently.
+What works hard and has no formula (grid_sample, cdist, bilinear, products of sparse matrices, decompositions and
+inverses, functions that are called with functions such as cond and while_loop, kernels of other libraries that nobody
+told us about with ``register_formula``) is named in ``uncounted``, never dropped silently.
 
 The three look at a model at three levels: fvcore at the trace of what it calls, thop at its modules, torch's
 FlopCounterMode at the operators that reach a device. None is right alone (fused attention is invisible to all three);

@@ -17,15 +17,19 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import apis
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nas.errors import UserMistake
 from nas.profile import formulas
+from nas.profile.by_torch import HIGHER_ORDER, UNDIVIDED, function_name, unseen
 from nas.profile.formulas import Shape, Work
 from nas.profile.skeleton import is_heavy, plain_kernels
 from nas.profile.tally import Tally
@@ -53,14 +57,14 @@ def count_by_fvcore(model: nn.Module, inputs: Sequence[Tensor]) -> Tally:
             f"the counter fvcore cannot be imported ({missing}); pip install fvcore, or leave it out"
         ) from missing
     tally = Tally(params=int(parameter_count(model)[""]))
-    root = _Root(model)
+    root = _Root(model, tally)
     analysis = FlopCountAnalysis(root, tuple(inputs))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.clear_op_handles()  # norms, pooling and resizing are no MACs here; those of products come back below
     handles = {**{f"aten::{name}": handle for name, handle in _handles().items()}, **_registered()}
     for name, handle in handles.items():
         analysis.set_op_handle(name, _noting(name, handle, tally))
-    with torch.no_grad(), plain_kernels(), _quiet(), _MetaConvolutions():
+    with torch.no_grad(), plain_kernels(), _quiet(), _untraced_vmap(), _MetaConvolutions():
         counted = analysis.by_operator()
     for key, amount in counted.items():
         kind, _, module = key.partition("|")
@@ -75,26 +79,46 @@ def count_by_fvcore(model: nn.Module, inputs: Sequence[Tensor]) -> Tally:
 class _Root(nn.Module):
     """Hands out tensors only, as tracing wants it, and with them the results of all products: see above."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, tally: Tally):
         super().__init__()
         self.model = model
+        self._tally = tally
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with _Keep() as keep:
+        with _Keep(self._tally) as keep:
             result = self.model(*inputs)
         return tuple(leaf for leaf in tree_leaves((result, keep.kept)) if isinstance(leaf, Tensor))
 
 
 class _Keep(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, tally: Tally) -> None:
         super().__init__()
         self.kept: list[Any] = []
+        self._tally = tally
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HIGHER_ORDER):
+            return self._higher_order(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").strip("_")
-        if name in _KEPT or name.startswith("fft_") or isinstance(func, _OPERATORS):
+        product = name in _KEPT or name.startswith("fft_")
+        if torch._C._get_tracing_state() is None:
+            self._tally.uncounted |= {"vmap"} if product else set()
+        elif product or isinstance(func, _OPERATORS):
             self.kept.append(result)
+        return result
+
+    def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """No trace can hold a call with functions; attention is written into it as that without a score function."""
+        with _untraced():
+            result = unseen(func, args, kwargs)
+        result = _traced_again(result)
+        name = function_name(func)
+        if name not in UNDIVIDED:
+            self._tally.uncounted.add(name)
+            return result
+        query, key, value = args[:3]
+        self.kept.append(F.scaled_dot_product_attention(query, key, value, enable_gqa=True))
         return result
 
 
@@ -113,6 +137,23 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _untraced_vmap() -> Iterator[None]:
+    """Inside of vmap nothing can be traced; flex_attention makes its masks there."""
+    original = getattr(apis, "vmap_impl", None)
+    if original is None:  # another version of torch: a model with vmap cannot be traced, and that is told
+        yield
+        return
+
+    def untraced(*args: Any, **kwargs: Any) -> Any:
+        with _untraced():
+            result = original(*args, **kwargs)
+        return _traced_again(result)
+
+    with mock.patch.object(apis, "vmap_impl", untraced):
+        yield
 
 
 class _MetaConvolutions(TorchDispatchMode):
@@ -152,6 +193,11 @@ def _untraced() -> Iterator[None]:
             yield
         finally:
             torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def _traced_again(result: Any) -> Any:
+    """Results of what ran untraced, which to the tracer are constants, as results of the trace: it wants no others."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
 
 
 # -- handles -----------------------------------------------------------------------------------------------------------
@@ -252,6 +298,18 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> Work:
     return formulas.attention(*(_shape(value) for value in inputs[:3]))
 
 
+def _chain(inputs: list[Any], outputs: list[Any]) -> Work:
+    return formulas.chain(_shapes([inputs[0]]))
+
+
+def _matrix_power(inputs: list[Any], outputs: list[Any]) -> Work | None:
+    return formulas.matrix_power(_shape(inputs[0]), _integer(inputs[1]))
+
+
+def _vector_products(inputs: list[Any], outputs: list[Any]) -> Work:
+    return formulas.vector_products(_shape(inputs[0]), _shape(inputs[1]), _shape(outputs[0]))
+
+
 def _einsum(inputs: list[Any], outputs: list[Any]) -> Work:
     path = _integers(inputs[2]) if len(inputs) > 2 else None
     return formulas.einsum(
@@ -297,7 +355,8 @@ _PRODUCTS = {
 _KEPT = {
     "linear", "bmm", "addmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "rmatmul", "einsum", "tensordot", "addbmm", "scaled_dot_product_attention", "multi_head_attention_forward", "lstm",
-    "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "chain_matmul",
+    "linalg_multi_dot", "linalg_matrix_power", "matrix_power", "linalg_vecdot",
     *(name.strip("_") for name in _PRODUCTS),
 }  # fmt: skip
 
@@ -321,6 +380,9 @@ def _handles() -> dict[str, Handle]:
         "tensordot": _tensordot,
         "scaled_dot_product_attention": _attention,
         "einsum": _einsum,
+        **dict.fromkeys(("linalg_multi_dot", "chain_matmul"), _chain),
+        **dict.fromkeys(("linalg_matrix_power", "matrix_power"), _matrix_power),
+        "linalg_vecdot": _vector_products,
         **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
         **{f"fft_{name}": _fourier(name) for name in transforms},
     }

@@ -29,7 +29,14 @@ from torch.utils.flop_counter import flop_registry
 
 from nas.errors import UserMistake
 from nas.profile import formulas
-from nas.profile.by_torch import OUR_FORMULAS, Recorder, operator_name, schema_shapes
+from nas.profile.by_torch import (
+    OUR_FORMULAS,
+    UNDIVIDED,
+    Recorder,
+    function_name,
+    operator_name,
+    registered_work,
+)
 from nas.profile.formulas import Work
 from nas.profile.skeleton import Scopes, plain_kernels
 from nas.profile.tally import Tally
@@ -216,25 +223,14 @@ class _Functions(TorchFunctionMode):
 
 def _formula(func: Any) -> tuple[str, Callable[..., Work | None] | None]:
     """The name of a function and what counts it."""
-    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        namespace, name = operator_name(func)
-        if namespace != "aten":
-            formula = formulas.formula_of(f"{namespace}::{name}")
-            return f"{namespace}::{name}", None if formula is None else _registered(func, formula)
-    else:
-        name = getattr(func, "__name__", repr(func))
+    name = function_name(func)
+    if "::" in name:
+        formula = formulas.formula_of(name)
+        return name, _FORMULAS.get(name) if formula is None else registered_work(func, formula)
     if name == "__rmatmul__":
         return name, _reversed_product
     name = name.strip("_")
     return name, _FORMULAS.get(name)
-
-
-def _registered(operator: Any, formula: formulas.Formula) -> Callable[..., Work]:
-    def work_of(out: Any, /, *args: Any, **kwargs: Any) -> Work:
-        results = [leaf.shape for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        return Work(*formula(schema_shapes(operator, args, kwargs), results))
-
-    return work_of
 
 
 def _product(place: int, *names: str) -> Callable[..., Work]:
@@ -287,6 +283,15 @@ def _multi_head(out: Any, /, *args: Any, **kwargs: Any) -> Work:
 
 def _tensordot(out: Tensor, /, a: Tensor, b: Tensor, *_: Any, **__: Any) -> Work:
     return formulas.tensordot(a.shape, b.shape, out.shape)
+
+
+def _chain(out: Tensor, /, *args: Any, **_: Any) -> Work:
+    """Matrices one by one or in a list."""
+    return formulas.chain([x.shape for x in tree_leaves(args) if isinstance(x, Tensor)])
+
+
+def _matrix_power(out: Tensor, /, input: Tensor, n: int, **_: Any) -> Work | None:
+    return formulas.matrix_power(input.shape, n)
 
 
 def _einsum(out: Tensor, /, *args: Any) -> Work:
@@ -360,6 +365,9 @@ _FORMULAS: dict[str, Callable[..., Work | None]] = {
     "multi_head_attention_forward": _multi_head,
     "einsum": _einsum,
     "tensordot": _tensordot,
+    **dict.fromkeys(("linalg_multi_dot", "chain_matmul"), _chain),
+    **dict.fromkeys(("linalg_matrix_power", "matrix_power"), _matrix_power),
+    **UNDIVIDED,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _recurrent_cell),
     **{f"fft_{name}": _fourier(name) for name in formulas.TRANSFORMS},

@@ -3,7 +3,8 @@
 Its own: mm, addmm, bmm, baddbmm, convolutions. Ours: products with vectors, addbmm, products in place, Fourier
 transforms, the fused recurrent layer of CPUs, registered operators; and attention is forced into matrix products,
 because a fused kernel has no formula on every device: on a CPU scaled_dot_product_attention counts nothing in torch
-2.15. It counts two operations for one multiply-accumulate.
+2.15. It counts two operations for one multiply-accumulate. What falls apart into element-wise operators before it
+reaches a device (vecdot), and operators that are called with functions, are taken as they are called from Python.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -24,7 +26,17 @@ from nas.profile.formulas import Work
 from nas.profile.skeleton import Scopes, is_heavy, plain_kernels
 from nas.profile.tally import Tally
 
-__all__ = ["OUR_FORMULAS", "Recorder", "count_by_torch", "operator_name", "schema_shapes"]
+__all__ = [
+    "HIGHER_ORDER",
+    "OUR_FORMULAS",
+    "UNDIVIDED",
+    "Recorder",
+    "count_by_torch",
+    "function_name",
+    "operator_name",
+    "registered_work",
+    "unseen",
+]
 
 
 def _matrix_vector(out: Tensor, /, matrix: Tensor, vector: Tensor, **_: Any) -> Work:
@@ -63,6 +75,23 @@ def _fused_recurrent(out: Any, /, x: Tensor, *weights: Any, **_: Any) -> Work:
     return formulas.recurrent(x.shape[0] * x.shape[1], [weight.shape for weight in weights[:2]])
 
 
+def _vector_products(out: Tensor, /, x: Tensor, y: Tensor, **_: Any) -> Work:
+    return formulas.vector_products(x.shape, y.shape, out.shape)
+
+
+def _flex_attention(out: Any, /, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Work:
+    return formulas.attention(query.shape, key.shape, value.shape)
+
+
+UNDIVIDED: dict[str, Callable[..., Work]] = {
+    "linalg_vecdot": _vector_products,
+    "higher_order::flex_attention": _flex_attention,
+}
+"""By ``function_name``: what can only be counted where Python calls it."""
+
+HIGHER_ORDER = torch._ops.HigherOrderOperator
+"""Operators that are called with functions: flex_attention, cond, while_loop, ..."""
+
 OUR_FORMULAS: dict[Any, Callable[..., Work]] = {
     torch.ops.aten.mv: _matrix_vector,
     torch.ops.aten.addmv: _add_matrix_vector,
@@ -83,6 +112,8 @@ OUR_FORMULAS: dict[Any, Callable[..., Work]] = {
 
 def operator_name(operator: Any) -> tuple[str, str]:
     """Library and name of an operator or of one of its overloads."""
+    if isinstance(operator, HIGHER_ORDER):
+        return "higher_order", operator.name()
     return _packet_name(getattr(operator, "overloadpacket", operator))
 
 
@@ -92,8 +123,18 @@ def _packet_name(packet: Any) -> tuple[str, str]:
     return namespace, name
 
 
-def schema_shapes(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[formulas.Shape]:
+def function_name(func: Any) -> str:
+    """Name of what Python called: a function, an operator of torch, or with ``library::`` one of another library."""
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, HIGHER_ORDER)):
+        namespace, name = operator_name(func)
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    return str(getattr(func, "__name__", repr(func)))
+
+
+def _schema_shapes(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[formulas.Shape]:
     """Shapes of the tensors among the arguments, in the order of the operator's schema, lists laid flat."""
+    if isinstance(operator, HIGHER_ORDER):
+        return [value.shape for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     schema = (operator if hasattr(operator, "_schema") else operator.default)._schema
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -107,10 +148,11 @@ def count_by_torch(model: nn.Module, inputs: Sequence[Tensor]) -> Tally:
     scopes = Scopes(model)
     counter = FlopCounterMode(display=False, custom_mapping=_mapping(tally, scopes))
     recorder = Recorder()
-    with torch.no_grad(), plain_kernels(), scopes, recorder, counter:
+    undivided = _Undivided(tally, scopes, recorder)
+    with torch.no_grad(), plain_kernels(), scopes, recorder, counter, undivided:
         model(*inputs)
     tally.uncounted = recorder.uncounted
-    if int(counter.get_total_flops()) != 2 * sum(work.macs for work in tally.own.values()):
+    if int(counter.get_total_flops()) != 2 * (tally.total.macs - undivided.work.macs):
         raise RuntimeError("FlopCounterMode counted operators that no module owns")
     return tally
 
@@ -134,7 +176,7 @@ def _mapping(tally: Tally, scopes: Scopes) -> dict[Any, Callable[..., int]]:
         namespace, _, operator = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), operator, None)
         if packet is not None:  # a library that is not loaded cannot be called
-            registered[packet] = noting(_registered(packet, formula))
+            registered[packet] = noting(registered_work(packet, formula))
     return {**theirs, **ours, **registered}
 
 
@@ -146,16 +188,55 @@ def _theirs(formula: Callable[..., int]) -> Callable[..., Work]:
     return work_of
 
 
-def _registered(packet: Any, formula: formulas.Formula) -> Callable[..., Work]:
+def registered_work(operator: Any, formula: formulas.Formula) -> Callable[..., Work]:
+    """A formula of shapes, for the arguments that ``operator`` is called with."""
+
     def work_of(out: Any, /, *args: Any, **kwargs: Any) -> Work:
         results = [leaf.shape for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        return Work(*formula(schema_shapes(packet, args, kwargs), results))
+        return Work(*formula(_schema_shapes(operator, args, kwargs), results))
 
     return work_of
 
 
+class _Undivided(TorchFunctionMode):
+    """Counts or names, as Python calls them, functions that the counter must not look into; they run unseen by it."""
+
+    def __init__(self, tally: Tally, scopes: Scopes, recorder: Recorder):
+        super().__init__()
+        self.work = formulas.NOTHING
+        self._tally = tally
+        self._scopes = scopes
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(func)
+        work_of = UNDIVIDED.get(name)
+        if isinstance(func, HIGHER_ORDER):
+            formula = formulas.formula_of(name)
+            work_of = work_of if formula is None else registered_work(func, formula)
+        elif work_of is None:
+            return func(*args, **kwargs)
+        result = unseen(func, args, kwargs)
+        if work_of is None:
+            self._recorder.note(func)
+        else:
+            work = work_of(result, *args, **kwargs)
+            self.work += work
+            self._tally.add(self._scopes.name, work)
+        return result
+
+
+def unseen(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call ``func`` with no counter looking into it."""
+    with _disable_current_modes():
+        return func(*args, **kwargs)
+
+
 class Recorder(TorchDispatchMode):
     """Notes operators that do heavy work without a formula; it lies below the counter and sees what that decomposed."""
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -97,7 +97,7 @@ def count(counter: str, model: nn.Module, inputs: Sequence[Tensor]) -> Count:
             f"counter {counter!r} must be one of {', '.join(COUNTERS)}{nearest(counter, COUNTERS)}"
         )
     tally, method = with_or_without_data(COUNTERS[counter], model, inputs)
-    total = sum(tally.own.values(), NOTHING)
+    total = tally.total
     own = {name: work for name, work in sorted(tally.own.items()) if work != NOTHING}
     uncounted = tuple(sorted(tally.uncounted))
     return Count(counter, tally.params, total.macs, total.activations, own, uncounted, method)

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from nas.errors import first_line
+from nas.errors import UserMistake, first_line
 from nas.profile.by_torch import count_by_torch
-from nas.profile.skeleton import empty, skeleton
+from nas.profile.skeleton import empty, refuse_lazy, refuse_scripts, skeleton
 
 __all__ = ["Profile", "profile", "with_or_without_data"]
 
@@ -54,18 +54,25 @@ def profile(model: nn.Module, inputs: Sequence[Tensor]) -> Profile:
             sample, ``macs`` is the cost of one sample.
 
     Raises:
+        UserMistake: a TorchScript module, parameters without a shape yet, or a model without data (on the ``meta``
+            device) whose control flow reads values.
         Exception: whatever the model raises when called with ``inputs``.
     """
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tally, method = with_or_without_data(count_by_torch, model, inputs)
-    macs = sum(work.macs for work in tally.own.values())
-    return Profile(tally.params, trainable, macs, tuple(sorted(tally.uncounted)), method)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Profile(tally.params, trainable, tally.total.macs, tuple(sorted(tally.uncounted)), method)
 
 
 def with_or_without_data(
     count: Callable[[nn.Module, Sequence[Tensor]], T], model: nn.Module, inputs: Sequence[Tensor]
 ) -> tuple[T, str]:
-    """``count`` on a copy without data and "meta", or if it cannot run so, on a full copy and "data"."""
+    """``count`` on a copy without data and "meta", or if it cannot run so, on a full copy and "data".
+
+    Raises:
+        UserMistake: as ``profile``.
+    """
+    refuse_scripts(model)
+    refuse_lazy(model)
     try:
         return count(_frozen(skeleton(model)), [empty(x) for x in inputs]), "meta"
     except (
@@ -74,6 +81,11 @@ def with_or_without_data(
         logger.info(
             "%s cannot run without data (%s); counted with data", type(model).__name__, first_line(error, 200)
         )
+        if any(x.is_meta for x in (*model.parameters(), *model.buffers(), *inputs)):
+            raise UserMistake(
+                f"{type(model).__name__} or its inputs are on the meta device and it cannot run without data "
+                f"({first_line(error, 200)}); build it and its inputs on the CPU"
+            ) from error
     return count(_frozen(copy.deepcopy(model)), [x.detach() for x in inputs]), "data"
 
 

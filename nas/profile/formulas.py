@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,11 +14,13 @@ __all__ = [
     "Shape",
     "Work",
     "attention",
+    "chain",
     "convolution",
     "einsum",
     "formula_of",
     "fourier",
     "fourier_call",
+    "matrix_power",
     "matrix_product",
     "multi_head_attention",
     "recurrent",
@@ -25,6 +28,7 @@ __all__ = [
     "registered",
     "tensordot",
     "transposed_convolution",
+    "vector_products",
 ]
 
 Shape = Sequence[int]
@@ -80,6 +84,41 @@ def registered() -> dict[str, Formula]:
 def matrix_product(out: Shape, inner: int) -> Work:
     """Any product of matrices or vectors: one sum over ``inner`` for each number of ``out``."""
     return Work(math.prod(out) * inner, math.prod(out))
+
+
+def vector_products(left: Shape, right: Shape, out: Shape) -> Work:
+    """``torch.linalg.vecdot``: both factors broadcast, and one dimension of them summed over."""
+    sizes = itertools.zip_longest(reversed(left), reversed(right), fillvalue=1)
+    return Work(math.prod(b if a == 1 else a for a, b in sizes), math.prod(out))
+
+
+def matrix_power(square: Shape, exponent: int) -> Work | None:
+    """By repeated squaring, as torch does it; None for negative exponents, which need an inverse."""
+    if exponent < 0:
+        return None
+    products = max(0, exponent.bit_length() - 1) + max(0, exponent.bit_count() - 1)
+    once = matrix_product(square, square[-1])
+    return Work(products * once.macs, products * once.activations)
+
+
+def chain(shapes: Sequence[Shape]) -> Work:
+    """``torch.linalg.multi_dot``: matrices in the order that takes the fewest products; vectors only at the ends."""
+    count = len(shapes)
+    sizes = [shapes[0][0] if len(shapes[0]) > 1 else 1, *(shape[0] for shape in shapes[1:])]
+    sizes.append(shapes[-1][-1] if len(shapes[-1]) > 1 else 1)
+    best = {(place, place): NOTHING for place in range(count)}
+    for length, first in itertools.product(range(1, count), range(count)):
+        last = first + length
+        if last < count:
+            found = [
+                best[first, cut]
+                + best[cut + 1, last]
+                + matrix_product((sizes[first], sizes[last + 1]), sizes[cut + 1])
+                for cut in range(first, last)
+            ]
+            # Of two equally good orders torch takes the left-most cut, but of three factors the right-most.
+            best[first, last] = min(reversed(found) if count == 3 else found, key=lambda work: work.macs)
+    return best[0, count - 1]
 
 
 def convolution(out: Shape, weight: Shape) -> Work:

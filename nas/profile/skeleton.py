@@ -5,22 +5,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
-__all__ = ["Scopes", "empty", "is_heavy", "plain_kernels", "skeleton"]
+from nas.errors import UserMistake
+
+__all__ = ["Scopes", "empty", "is_heavy", "plain_kernels", "refuse_lazy", "refuse_scripts", "skeleton"]
 
 # Without a formula, and either of more work than element-wise operators or hiding a whole layer.
 _HEAVY = re.compile(
-    r"_?(fft_\w+|i?stft|cdist\w*|pdist\w*|grid_sampler\w*|embedding_bag\w*|_?trilinear|bilinear|cov|corrcoef)"
+    r"_?(fft_\w+|i?stft|cdist\w*|pdist\w*|euclidean_dist|embedding_bag\w*|_?trilinear|bilinear|cov|corrcoef)"
+    r"|\w*(grid_sampler|affine_grid_generator)\w*"
     r"|_?linalg_(svd|qr|eig|cholesky|inv|lu|solve|ldl|lstsq|householder|matrix_exp|matrix_power|multi_dot)\w*"
-    r"|_?(cholesky|triangular_solve|ormqr|geqrf|lobpcg)\w*|matrix_power"
+    r"|_?linalg_(det|slogdet|pinv|tensorinv|tensorsolve|matrix_rank|cond|polar|matrix_sqrt)\w*"
+    r"|_?(cholesky|triangular_solve|ormqr|orgqr|geqrf|lobpcg|lu_solve|lu_with_info|spsolve)\w*"
+    r"|(log|slog)?det|p?inverse|svd|matrix_(power|exp)|chain_matmul"
     r"|\w*(lstm|gru|rnn|attention|attn|transformer|matmul)\w*"
-    r"|\w+_mm(_\w+)?|\w*conv(olution|_depthwise|_tbc|\d)\w*"
+    r"|\w+_mm(_\w+)?|\w+_linear(_\w+)?|(s|hs)(pa)?mm|\w+addmm_?|\w*conv(olution|_depthwise|_tbc|_dilated|\d)\w*"
 )
 _OWN_NAMESPACES = ("aten", "prim", "prims", "profiler")
 
@@ -28,6 +36,25 @@ _OWN_NAMESPACES = ("aten", "prim", "prims", "profiler")
 def is_heavy(namespace: str, name: str) -> bool:
     """Whether an operator that no formula covers has to be named: of others everything, of torch what works hard."""
     return namespace not in _OWN_NAMESPACES or _HEAVY.fullmatch(name) is not None
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raises UserMistake when a parameter or buffer has no shape before the first call (``nn.LazyLinear``)."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(value):
+            raise UserMistake(
+                f"{name} of {type(model).__name__} has no shape yet; call the model once with its inputs, then count it"
+            )
+
+
+def refuse_scripts(model: nn.Module) -> None:
+    """Raises UserMistake for TorchScript, whose modules take no hooks that would tell who is at work."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserMistake(
+                f"{name or 'the model'} is a TorchScript module, which cannot be counted; "
+                "give the model that torch.jit.script or torch.jit.trace was called with"
+            )
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -50,14 +77,30 @@ def empty(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Attention as matrix products: neither fused attention nor the fused encoder layer, which have no formula."""
+    """Attention as matrix products: neither fused attention nor the fused encoder layer, which have no formula.
+
+    Nor is anything compiled: flex_attention and cond call torch.compile, which refuses to run under a counter.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    def as_it_is(model: Any = None, **_: Any) -> Any:
+        return (lambda function: function) if model is None else model
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "compile", as_it_is))
+        # What was compiled before has loaded dynamo, which takes a second to load only to be told to do nothing.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 class Scopes:

@@ -25,6 +25,11 @@ class Tally:
     own: dict[str, Work] = field(default_factory=dict)
     uncounted: set[str] = field(default_factory=set)
 
+    @property
+    def total(self) -> Work:
+        """Work of all modules."""
+        return sum(self.own.values(), NOTHING)
+
     def add(self, module: str, work: Work) -> None:
         """Put ``work`` down to ``module``."""
         self.own[module] = self.own.get(module, NOTHING) + work

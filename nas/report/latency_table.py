@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from nas.errors import UserMistake
 from nas.files import atomic_write_bytes
 from nas.report.formats import format_count, format_ms, one_line
 from nas.report.picture import BASELINE, FRONT, OTHER
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
     from nas.latency.per_layer import LayerTimes
     from nas.latency.result import LatencyResult, Pair, Session
 
@@ -29,9 +34,10 @@ __all__ = [
     "layers_line",
     "layers_table",
     "pair_line",
+    "picture_format",
     "session_json",
     "session_line",
-    "write_latency_png",
+    "write_latency_picture",
 ]
 
 NOT_ENOUGH = "not enough samples"
@@ -42,6 +48,9 @@ FORMAT = 1
 _CLOCKS = {"wall": "wall clock", "events": "device time (CUDA events)", "cpu": "CPU time of the thread"}
 _LEAST_SHARE = 0.01
 _PARTS_DIFFER = 0.1
+_NAME_WIDTH = 20  # to which a name is folded before a column goes elsewhere
+_PICTURES = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")
+_UNDATED = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def interval_ms(value: float, low: float, high: float) -> str:
@@ -53,30 +62,88 @@ def interval_ms(value: float, low: float, high: float) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def latency_table(session: Session, *, memory: bool = False, energy: bool = False) -> Table:
-    """One row per model that could be measured, in the order given; with ``memory`` and ``energy`` columns for them."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold", min_width=12)
-    table.add_column("latency [95 %]", justify="right", no_wrap=True)
-    tails = [
-        name for name in _TAILS if any(getattr(r, f"{name}_ms") is not None for r in session.results.values())
-    ]
-    for column in ("raw", *tails, "runs", *["memory"] * memory, *["energy"] * energy):
-        table.add_column(column, justify="right", no_wrap=column == "memory")
-    table.add_column("status")
-    for name, result in session.results.items():
-        cells = [
-            interval_ms(result.median_ms, result.low_ms, result.high_ms),
-            format_ms(result.raw_median_ms),
-            *(_tail(getattr(result, f"{name}_ms")) for name in tails),
-            f"{result.samples:,}",
-        ]
-        if memory:
-            cells.append(_memory(result.peak_memory_bytes))
-        if energy:
-            cells.append("not known" if result.energy_mj is None else f"{result.energy_mj:.3g} mJ")
-        table.add_row(Text(one_line(name)), *map(Text, cells), _status(result))
-    return table
+def latency_table(session: Session, *, memory: bool = False, energy: bool = False) -> RenderableType:
+    """One row per model that could be measured, in the order given; with ``memory`` and ``energy`` columns for them.
+
+    No figure is ever cut: where it is printed, what finds no room beside latency and status follows in further tables.
+    """
+    results = list(session.results.values())
+    tails = [name for name in _TAILS if any(getattr(r, f"{name}_ms") is not None for r in results)]
+    lesser = {"raw": [format_ms(r.raw_median_ms) for r in results]}
+    lesser |= {name: [_tail(getattr(r, f"{name}_ms")) for r in results] for name in tails}
+    lesser["runs"] = [f"{r.samples:,}" for r in results]
+    if memory:
+        lesser["memory"] = [_memory(r.peak_memory_bytes) for r in results]
+    if energy:
+        lesser["energy"] = ["not known" if r.energy_mj is None else f"{r.energy_mj:.3g} mJ" for r in results]
+    return _Fitted(
+        _Column("model", [Text(one_line(name)) for name in session.results], "left"),
+        _Column(
+            "latency [95 %]", [Text(interval_ms(r.median_ms, r.low_ms, r.high_ms)) for r in results], "right"
+        ),
+        [_Column(head, [Text(cell) for cell in cells], "right") for head, cells in lesser.items()],
+        _Column("status", [_status(r) for r in results], "left"),
+    )
+
+
+@dataclass(frozen=True)
+class _Column:
+    head: str
+    cells: list[Text]
+    justify: Literal["left", "right"]
+
+    @property
+    def width(self) -> int:
+        return max(cell_len(self.head), *(cell.cell_len for cell in self.cells), 0)
+
+
+class _Fitted:
+    """A table for the terminal that it meets: ``name``, ``main``, what fits of ``lesser``, ``last``; below it the rest.
+
+    Only names are folded. Where not even ``main`` and ``last`` fit, each cell is a line.
+    """
+
+    def __init__(self, name: _Column, main: _Column, lesser: list[_Column], last: _Column):
+        self._name, self._main, self._lesser, self._last = name, main, lesser, last
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        if not self._fit([self._main, self._last], width):
+            yield from self._lines()
+            return
+        beside, rest = self._fill([self._main, self._last], self._lesser, width)
+        yield self._table([self._main, *beside[2:], self._last])
+        while rest:
+            group, rest = self._fill(rest[:1], rest[1:], width)
+            yield self._table(group)
+
+    def _fill(
+        self, group: list[_Column], columns: list[_Column], width: int
+    ) -> tuple[list[_Column], list[_Column]]:
+        """``group`` with the first of ``columns`` that fit, and those that do not."""
+        count = 0
+        while count < len(columns) and self._fit([*group, *columns[: count + 1]], width):
+            count += 1
+        return [*group, *columns[:count]], columns[count:]
+
+    def _fit(self, columns: list[_Column], width: int) -> bool:
+        name = min(self._name.width, _NAME_WIDTH)
+        return sum(column.width for column in columns) + name + 3 * len(columns) + 2 <= width
+
+    def _table(self, columns: list[_Column]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column(self._name.head, overflow="fold")
+        for column in columns:
+            table.add_column(column.head, justify=column.justify, no_wrap=True, min_width=column.width)
+        for number, name in enumerate(self._name.cells):
+            table.add_row(name, *(column.cells[number] for column in columns))
+        return table
+
+    def _lines(self) -> Iterator[Text]:
+        for number, name in enumerate(self._name.cells):
+            yield name
+            for column in (self._main, self._last, *self._lesser):
+                yield Text.assemble(f"  {column.head}: ", column.cells[number])
 
 
 def _tail(milliseconds: float | None) -> str:
@@ -143,7 +210,7 @@ def layers_table(name: str, times: LayerTimes, least_share: float = _LEAST_SHARE
     for column in ("module", "type"):
         table.add_column(column, overflow="fold")
     for column in ("self", "self %", "total", "total %", "calls"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     whole = sum(layer.self_ms for layer in times.layers)
     shown = [layer for layer in times.layers if layer.total_ms >= least_share * whole]
     for layer, label in zip(shown, _tree_labels([layer.name for layer in shown]), strict=True):
@@ -200,11 +267,25 @@ def session_json(session: Session, layers: dict[str, LayerTimes] | None = None) 
     return described
 
 
-def write_latency_png(session: Session, path: Path) -> None:
-    """Draw each model's latency with its interval to ``path``, the fastest at the top; untrusted ones hollow."""
+def picture_format(path: Path) -> str:
+    """What the suffix of ``path`` says that a picture is to be. Raises UserMistake for what cannot be drawn."""
+    found = path.suffix.lower().removeprefix(".")
+    if found not in _PICTURES:
+        raise UserMistake(
+            f"--plot {path}: the suffix says what is drawn; give one of {', '.join(f'.{name}' for name in _PICTURES)}"
+        )
+    return found
+
+
+def write_latency_picture(session: Session, path: Path) -> None:
+    """Draw each model's latency with its interval to ``path``, the fastest at the top; untrusted ones hollow.
+
+    Raises UserMistake for a suffix that ``picture_format`` does not know.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kind = picture_format(path)
     rows = sorted(session.results.items(), key=lambda item: item[1].median_ms, reverse=True)
     figure = Figure(figsize=(9, 1.6 + 0.36 * max(len(rows), 3)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -235,7 +316,7 @@ def write_latency_png(session: Session, path: Path) -> None:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format=kind, metadata=_UNDATED.get(kind))
     atomic_write_bytes(path, buffer.getvalue())
 
 

@@ -21,6 +21,7 @@ from nas.tasks import register_task
 from nas.tasks.base import Batch, Objective, Split, Task
 from nas.tasks.cache import default_cache_dir
 from nas.tasks.image_data import ImageData, load_images
+from nas.tasks.image_fitting import resized, with_channels
 from nas.tasks.image_sources.base import Part
 from spaces.signature import ImageSignature
 
@@ -69,11 +70,13 @@ class ImageClassification(Task):
             mapped by all of its processes; on a cluster, a disk of each node's own is the best place.
         seed: of the cuts and of ``limit``.
         image_size: side in pixels to which images are resized.
+        channels: of the images as models get them, at least 1. Grey ones are repeated to as many; others cannot be
+            given otherwise than they are.
         limit: number of training images to keep, for quick tries.
         label_smoothing: of the training loss, in [0, 1); 0 for the digits and 0.1 otherwise by default.
         augment: ``shift`` by up to 1/14 of the side (at least 1 pixel; one image in five below 16 pixels, all
             otherwise), ``crop`` after padding by 4 pixels (an eighth of the side beyond 32), ``crop+flip``, or
-            ``none``. ``auto``: shift for one channel, crop+flip for three, crop where a mirrored image means
+            ``none``. ``auto``: shift for grey images, crop+flip for coloured ones, crop where a mirrored image means
             something else. The digits also get a little noise.
         image_column, label_column: of a parquet file.
         download: lets torchvision fetch missing files; nothing is ever fetched without it.
@@ -93,6 +96,7 @@ class ImageClassification(Task):
         seed: int = 0,
         *,
         image_size: int | None = None,
+        channels: int | None = None,
         limit: int | None = None,
         label_smoothing: float | None = None,
         augment: Augmentation = "auto",
@@ -104,7 +108,7 @@ class ImageClassification(Task):
             raise UserMistake(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if image_size is not None and not 4 <= image_size <= 1024:
             raise UserMistake(f"image_size={image_size} must lie in 4..1024 pixels")
-        self._data = load_images(
+        loaded = load_images(
             data or "digits",
             data_root=data_root,
             cache_dir=default_cache_dir(cache_dir),
@@ -113,26 +117,30 @@ class ImageClassification(Task):
             label_column=label_column,
             download=download,
         )
+        self._data, channels = with_channels(resized(loaded, image_size), channels)
         digits = data is None or data.lower() == "digits"
         self._seed = seed
         self._limit = limit
         self.split_indices, self._cut = cut_splits(self._data, seed, limit)
         self._splits = {part: self._pixels(part) for part in self.split_indices}
         self._resident: dict[tuple[Part, torch.device], _Pixels] = {}
-        channels, height, width = self._splits["train"].images.shape[1:]
+        own, height, width = self._splits["train"].images.shape[1:]
         self.signature = ImageSignature(channels, height, width, len(self._data.classes))
         self.label_smoothing = label_smoothing if label_smoothing is not None else (0.0 if digits else 0.1)
-        self.augment = self._chosen(augment)
+        self.augment = self._chosen(augment, own)
         self._noise = _NOISE if digits and augment != "none" else 0.0
-        self._mean, self._deviation = _statistics(self._splits["train"])
+        # As many as the signature's channels: normalising is then what repeats a grey image.
+        self._mean, self._deviation = (
+            one.expand(channels, 1, 1) for one in _statistics(self._splits["train"])
+        )
         self.default_epochs = 11 if digits else 10
         self.default_batch_size = 32 if digits else 128
         self.default_learning_rate = 3e-3 if digits else 1e-3
 
-    def _chosen(self, augment: Augmentation) -> Augmentation:
+    def _chosen(self, augment: Augmentation, own: int) -> Augmentation:
         if augment != "auto":
             return augment
-        if self.signature.channels == 1:
+        if own == 1:
             return "shift"
         return "crop+flip" if self._data.mirror else "crop"
 

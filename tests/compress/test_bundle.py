@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compress import compress, load
-from compress.bundle import check_onnx, write_onnx
+from compress.bundle import check_onnx, in_float32, write_onnx
 from compress.passes import make_pass
 from nas.errors import RunStopped
 from nas.files import sha256_file
@@ -75,3 +75,47 @@ def test_a_file_that_computes_something_else_is_noticed(tmp_path: Path) -> None:
     model.factor = 1.5
     with pytest.raises(RunStopped, match="at batch 1 onnxruntime differs from the model by"):
         check_onnx(path, model, example)
+
+
+class Mixed(nn.Module):
+    """A layer in ``dtype``, and a table in float64."""
+
+    table: torch.Tensor
+
+    def __init__(self, dtype: torch.dtype, *, names_it: bool = False):
+        super().__init__()
+        self.dtype, self.names_it = dtype, names_it
+        self.layer = nn.Linear(4, 3, dtype=dtype)
+        self.register_buffer("table", torch.linspace(0, 1, 4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.table.to(x.dtype)
+        out: torch.Tensor = self.layer(x.to(self.dtype) if self.names_it else x)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_of_other_numbers_are_written_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, example = Mixed(dtype).eval(), (torch.randn(1, 4, dtype=dtype),)
+    gaps = check_onnx(write_onnx(model, example, tmp_path), model, example)
+    assert max(gaps.values()) < 1e-5
+    assert model.layer.weight.dtype == dtype
+    assert model.table.dtype == torch.float64
+
+
+def test_a_model_that_does_not_run_in_float32_is_refused_in_one_line() -> None:
+    model = Mixed(torch.float64, names_it=True).eval()
+    with pytest.raises(
+        RunStopped, match="written in float32, and Mixed, of float64, does not run in it"
+    ) as caught:
+        in_float32(model, (torch.randn(1, 4, dtype=torch.float64),))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_card_of_a_bundle_tells_which_numbers(tmp_path: Path) -> None:
+    example = (torch.randn(1, 3, 32, 32, dtype=torch.bfloat16),)
+    result = compress(small_vit().bfloat16(), "class_token_last_block", example=example, measure_seconds=0)
+    card = json.loads((result.export(tmp_path / "bundle") / "latency.json").read_text())["onnx"]
+    assert (card["dtype"], card["model_dtypes"]) == ("float32", ["bfloat16"])
+    assert max(card["largest_difference"].values()) < 1e-4

@@ -26,6 +26,11 @@ FUNCTION = (
     "def broken(): raise RuntimeError('no way')\n"
 )
 
+PROGRESS = [
+    {"visit": "a"}, {"visit": "b"}, {"wait": "device"}, {"visit": "a"}, {"visit": "reference"}, {"visit": "b"},
+    {"round": 1}, {"visit": "a"}, {"failed": "c", "reason": "hangs\x1b[2J"},
+]  # fmt: skip
+
 
 def result(median: float, **changes: Any) -> dict[str, Any]:
     plain = {
@@ -67,8 +72,8 @@ def nas_measure(
         asked: dict[str, Any] = {}
 
         def measure_sources(texts: list[str], target: str, **options: Any) -> Session:
-            options["on_progress"]({"visit": "a"})
-            options["on_progress"]({"round": 1})
+            for event in PROGRESS:
+                options["on_progress"](event)
             asked.update(options, texts=texts, target=target)
             return session
 
@@ -76,7 +81,7 @@ def nas_measure(
         with pytest.raises(SystemExit) as ended:
             main(["measure", *arguments])
         printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out + printed.err, asked
+        return int(ended.value.code or 0), printed.err + printed.out, asked
 
     return run
 
@@ -111,6 +116,16 @@ def test_what_is_printed(nas_measure: Run) -> None:
         "failed: c: killed by signal 9 and more",
     ]
     assert "memory" not in text
+
+
+def test_without_a_terminal_each_model_is_a_line_that_does_not_mix_with_the_figures(
+    nas_measure: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text, _ = nas_measure(made(), "a", "b", "c")
+    first = text.splitlines()[:3]
+    assert first[:2] == ["measuring a", "measuring b"]
+    assert first[2].startswith("left out c: hangs")
+    assert "\x1b" not in text
 
 
 def test_what_was_asked_for_and_is_not_offered_is_said(nas_measure: Run) -> None:
@@ -165,6 +180,16 @@ def test_mistakes_are_told_before_anything_is_measured(
     assert re.search(message, text)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "start"),
+    [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml"), ("JPG", b"\xff\xd8"), ("eps", b"%!PS")],
+)
+def test_a_plot_is_what_its_suffix_says(nas_measure: Run, tmp_path: Path, suffix: str, start: bytes) -> None:
+    path = tmp_path / f"a.{suffix}"
+    nas_measure(made(), "a", "--plot", str(path))
+    assert path.read_bytes().startswith(start)
+
+
 # -- by module ---------------------------------------------------------------------------------------------------------
 
 
@@ -178,8 +203,8 @@ def layers() -> LayerTimes:
     return LayerTimes("cpu:1", "cpu", parts, 9.8, 10.3, 0.051, 20)
 
 
-def printed(thing: Any) -> str:
-    console = Console(width=100, file=io.StringIO(), highlight=False)
+def printed(thing: Any, width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO(), highlight=False)
     console.print(thing)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
@@ -239,6 +264,60 @@ def test_per_layer_in_table_and_json(nas_measure: Run, tmp_path: Path) -> None:
 )
 def test_intervals_have_as_many_decimals_in_all_numbers(value: float, expected: str) -> None:
     assert report.interval_ms(value, value * 0.99, value * 1.01) == expected
+
+
+def everything(name: str) -> Session:
+    changes = {"p99_ms": 45.678, "peak_memory_bytes": 123_456_789, "energy_mj": 123.4, "stopped": "time"}
+    return made(results={name: result(12.34567, half_width=0.2, **changes), "b": result(0.0123456)}, pairs=[])
+
+
+@pytest.mark.parametrize("name", ["a", "timm:vit_base_patch16_rope_reg1_gap_256.sbb_in1k"])
+@pytest.mark.parametrize("width", [30, 40, 60, 70, 80, 100, 120, 200])
+def test_no_figure_is_cut_and_the_status_is_there(name: str, width: int) -> None:
+    text = printed(report.latency_table(everything(name), memory=True, energy=True), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    words = " ".join(text.split())
+    figures = [
+        "12.35",
+        "12.22, 12.47]",
+        "0.01235 ms",
+        "13.6 ms",
+        "16 ms",
+        "45.7 ms",
+        "120",
+        "123 MB",
+        "123 mJ",
+    ]
+    assert not [figure for figure in [*figures, "trusted, wide", "not known"] if figure not in words]
+    assert words.count("trusted") == 2
+    first_table = text[: text.rindex("p99")] if width == 80 else text
+    assert "trusted, wide" in first_table  # beside the latency, not below
+
+
+def test_a_wide_terminal_has_one_table() -> None:
+    text = printed(report.latency_table(everything("a"), memory=True, energy=True), 140)
+    assert text.count("model") == 1
+    (heads,) = [line.split() for line in text.splitlines() if "model" in line]
+    assert heads == [
+        "model",
+        "latency",
+        "[95",
+        "%]",
+        "raw",
+        "p90",
+        "p99",
+        "runs",
+        "memory",
+        "energy",
+        "status",
+    ]
+
+
+def test_figures_of_modules_are_not_cut() -> None:
+    text = printed(report.layers_table("net", layers()), 80)
+    assert "…" not in text
+    assert "9 ms" in text
 
 
 def test_foreign_names_cannot_steer_the_terminal() -> None:

@@ -11,7 +11,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
+from nas.errors import UserMistake
 from nas.latency.prediction import Work, count_work
 from nas.profile import profile
 from spaces import get_space
@@ -56,6 +58,10 @@ class Function(nn.Module):
         return self.function(x, self.weight)
 
 
+def flex(x: Tensor, w: Tensor) -> Any:
+    return flex_attention(x[None], x[None], x[None])
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
@@ -68,6 +74,9 @@ class Function(nn.Module):
         (lambda x, w: x.relu_() + 1, {"launches": 2, "elements": 64}),
         (lambda x, w: F.embedding(x[0, :, 0].long().abs(), w), {"embedding_macs": 32}),
         (lambda x, w: torch.mv(w, (x @ w)[0, 0]), {"linear_macs": 64}),
+        (lambda x, w: torch.addbmm(w[:4, :4], x, x.mT), {"attention_macs": 128, "products": 1}),
+        (lambda x, w: w.clone().addmm_(w, w), {"linear_macs": 512}),
+        (flex, {"attention_macs": 2 * 4 * 4 * 8, "softmax_elements": 16, "products": 2}),
     ],
 )  # fmt: skip
 def test_operators_go_to_their_kind(function: Any, expected: dict[str, float]) -> None:
@@ -81,6 +90,19 @@ def test_a_model_that_reads_values_is_counted_with_data() -> None:
 
     work = count_work(Function(branching), (torch.ones(1, 4, 8),))
     assert (work.embedding_macs, work.linear_macs) == (256, 256)
+
+
+def test_what_calls_functions_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    def choosing(x: Tensor, w: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: x @ x.mT, lambda x: x @ x.mT * 2, (x,))
+
+    assert count_work(Function(choosing), (torch.ones(1, 4, 8),)).macs == 0
+    assert "the work inside of higher_order::cond in Function is not counted" in caplog.text
+
+
+def test_parameters_without_a_shape_are_refused() -> None:
+    with pytest.raises(UserMistake, match="weight of LazyLinear has no shape yet; call the model once"):
+        count_work(nn.LazyLinear(3), (torch.ones(1, 4),))
 
 
 def test_counting_changes_nothing() -> None:

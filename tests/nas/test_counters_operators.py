@@ -70,6 +70,22 @@ sdpa = F.scaled_dot_product_attention
         (lambda x: F.fold(F.unfold(x, 3), (8, 8), 3), (0, 0)),
         (lambda x: F.gelu(x).softmax(-1) + F.interpolate(x, scale_factor=1, mode="bilinear").relu_(), (0, 0)),
         (lambda x: torch.outer(x[0, 0, 0], x[0, 0, 0]) * F.avg_pool2d(x, 1), (0, 0)),
+        # Dot products are products however many there are; what sums over no index is element-wise.
+        (lambda x: torch.linalg.vecdot(x, x), (NUMBERS, NUMBERS // SIDE)),
+        (lambda x: torch.linalg.vecdot(x[:1], x, dim=1), (NUMBERS, BATCH * SQUARE)),
+        (lambda x: torch.linalg.vecdot(x[0, 0, 0], x[0, 0, 0]), (SIDE, 1)),
+        (lambda x: torch.ops.aten.linalg_vecdot(x, x), (NUMBERS, NUMBERS // SIDE)),
+        (lambda x: torch.kron(x[0, 0], x[0, 0]), (0, 0)),
+        (lambda x: torch.addr(x[0, 0], x[0, 0, 0], x[0, 0, 1]), (0, 0)),
+        (lambda x: torch.ger(x[0, 0, 0], x[0, 0, 0]), (0, 0)),
+        (lambda x: torch.einsum("i,j->ij", x[0, 0, 0], x[0, 0, 0]), (0, 0)),
+        (lambda x: F.cosine_similarity(x, x) + (x * x).sum(1), (0, 0)),
+        (lambda x: torch.linalg.multi_dot([x[0, 0], x[0, 0, :, :2], x[0, 0, :2]]), (2 * SQUARE * 2, SQUARE + 16)),
+        (lambda x: torch.linalg.multi_dot([x[0, 0, 0], x[0, 0], x[0, 0]]), (2 * SQUARE, 2 * SIDE)),
+        (lambda x: torch.linalg.multi_dot([x[0, 0]] * 4), (3 * SQUARE * SIDE, 3 * SQUARE)),
+        (lambda x: torch.chain_matmul(x[0, 0], x[0, 0], x[0, 0]), (2 * SQUARE * SIDE, 2 * SQUARE)),
+        (lambda x: torch.linalg.matrix_power(x, 5), (3 * NUMBERS * SIDE, 3 * NUMBERS)),
+        (lambda x: x.matrix_power(1), (0, 0)),
     ],
 )  # fmt: skip
 def test_operators(function: Callable[[Tensor], Tensor], work: tuple[int, int]) -> None:
@@ -154,6 +170,17 @@ def test_einsum_of_any_form_agrees(seed: int) -> None:
         (lambda x: torch.linalg.svd(x)[1], "linalg_svd"),
         (lambda x: F.grid_sample(x, x.new_zeros(2, 4, 4, 2), align_corners=False), "grid_sampler"),
         (lambda x: F.bilinear(x, x, x.new_zeros(4, 8, 8)), "bilinear"),
+        (torch.det, "linalg_det"),
+        (torch.slogdet, "slogdet"),
+        (torch.pinverse, "pinverse"),
+        (torch.inverse, "linalg_inv"),
+        (torch.matrix_exp, "linalg_matrix_exp"),
+        (
+            lambda x: F.affine_grid(x[:, 0, :2, :3], [2, 1, 4, 4], align_corners=False),
+            "affine_grid_generator",
+        ),
+        (lambda x: torch.sparse.addmm(x[0, 0], x[0, 0].to_sparse(), x[0, 0]), "_sparse_addmm"),
+        (lambda x: torch.conv_tbc(x[0], x.new_zeros(3, 8, 4), x.new_zeros(4)), "conv_tbc"),
     ],
 )
 def test_work_without_a_formula_is_named_by_every_counter(

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nas.errors import UserMistake
 from nas.tasks import make_task
 from nas.tasks.base import Task
-from nas.tasks.image_classification import stratified
+from nas.tasks.image_classification import ImageClassification, stratified
 from nas.tasks.image_data import load_images
 from spaces.signature import ImageSignature
-from tests.conformance.task import TaskConformance
+from tests.conformance.task import TaskConformance, tiny_model
 from tests.nas._images import (
     CLASSES,
     Images,
@@ -173,6 +174,55 @@ def test_resizing_cuts_the_centre(tmp_path: Path) -> None:
     assert int(found.images["train"].min()) > 200
 
 
+def test_digits_are_resized_like_files(tmp_path: Path) -> None:
+    task = made(data="digits", image_size=32)
+    assert task.signature == ImageSignature(channels=1, height=32, width=32, classes=10)
+    assert task.describe()["image"] == [1, 32, 32]
+    assert task.describe()["notes"] == ["images resized to 32x32 (as asked; option image_size)"]
+    assert task.split_indices.keys() == made().split_indices.keys()
+    assert row_keys(task) == row_keys(made()), "the size has no say in who is in which split"
+    digits = load_images("digits", data_root=None, cache_dir=tmp_path)
+    chosen = [np.flatnonzero(digits.labels["train"] == label)[:3] for label in range(3)]
+    files = {
+        ("", name): [digits.images["train"][row, 0] for row in rows]
+        for name, rows in zip(CLASSES, chosen, strict=True)
+    }
+    found = load(write_folder(tmp_path / "data", files), tmp_path / "cache", image_size=32)
+    own = task._data.images["train"][np.concatenate(chosen)]
+    assert {image.tobytes() for image in own} == {image.tobytes() for image in found.images["train"]}
+
+
+def test_the_size_that_they_have_changes_nothing() -> None:
+    plain, asked = made(), made(image_size=8, channels=1)
+    assert asked.describe() == plain.describe()
+    for one, other in zip(_epoch(plain), _epoch(asked), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_grey_images_for_models_of_colour(tmp_path: Path) -> None:
+    task = made(image_size=16, channels=3, augment="none")
+    plain = made(image_size=16, augment="none")
+    assert task.signature == ImageSignature(channels=3, height=16, width=16, classes=10)
+    assert task.augment == plain.augment
+    assert made(channels=3).augment == "shift"
+    assert "grey images given as 3 equal channels (option channels)" in task.describe()["notes"]
+    assert task.describe()["mean"] == plain.describe()["mean"] * 3
+    for one, other in zip(_epoch(task), _epoch(plain), strict=True):
+        assert torch.equal(one, other.expand(-1, 3, -1, -1))
+    assert task.example_inputs(2, torch.device("cpu"))[0].shape == (2, 3, 16, 16)
+    assert 0 <= task.evaluate(tiny_model(task.signature), "test", torch.device("cpu"))["accuracy"] <= 1
+    colour = write_folder(tmp_path / "data", corpus({"": 5}))
+    with pytest.raises(
+        UserMistake, match="channels=1: the images of 'data' have 3, and only grey ones can be repeated"
+    ):
+        made(data=str(colour), cache_dir=str(tmp_path / "cache"), channels=1)
+
+
+def _epoch(task: ImageClassification) -> list[torch.Tensor]:
+    batches = task.train_batches(epoch=0, batch_size=64, seed=0, device=torch.device("cpu"))
+    return [batch[0] for batch in batches]
+
+
 def test_grey_and_colour_become_colour(tmp_path: Path) -> None:
     images = corpus({"": 2}, (9, 8))
     images["", "cow"] = draw(2, (9, 8, 3))
@@ -233,6 +283,7 @@ def test_limit(tmp_path: Path) -> None:
         ({"data": "MNIST"}, r"data='MNIST' is a torchvision data set; give data_root"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1\.0 must lie in \[0, 1\)"),
         ({"image_size": 2}, r"image_size=2 must lie in 4\.\.1024 pixels"),
+        ({"channels": 0}, "channels=0 must be at least 1"),
         ({"image_size": "big"}, r"option image_size='big' must be int \| None"),
         ({"augment": "cutmix"}, r"option augment='cutmix' must be Literal\['auto', 'none', 'shift'"),
         ({"limits": 5}, r"no option 'limits' \(did you mean 'limit'\?\); known: data, data_root"),

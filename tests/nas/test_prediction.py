@@ -1,4 +1,4 @@
-"""Prediction from few samples, the intervals around it, and tables of blocks."""
+"""Prediction from few samples, and the intervals around it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
-import torch
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
-from torch import Tensor, nn
 
 from nas.errors import UserMistake
 from nas.files import CorruptFile
-from nas.latency.prediction import BlockTable, LatencyPredictor, Work, blocks_of, pooled_identity
+from nas.latency.prediction import LatencyPredictor, Work, pooled_identity
 from nas.latency.prediction.conformal import _PENALTY, Spread, left_out, quantile
 from nas.latency.prediction.models import fit_log_ridge, fit_prices, fit_prices_near
 from tests.nas._latency_samples import PRICES, drawn
@@ -160,6 +157,16 @@ def test_another_identity_is_refused() -> None:
         predictor.predict(work[0], identity="two")
 
 
+def test_samples_of_no_identity_do_not_join_those_of_one() -> None:
+    work, ms = drawn(12, 0)
+    predictor = LatencyPredictor().fit(work, ms, identity="one")
+    with pytest.raises(UserMistake, match=r"identity=None of samples that are to join .*identity='one'"):
+        predictor.update(work, ms)
+    assert len(predictor) == 12
+    assert len(predictor.update(work, ms, identity="one")) == 24
+    assert len(LatencyPredictor().fit(work, ms).update(work, ms)) == 24
+
+
 def test_a_pooled_identity_forgets_batch_and_size_only() -> None:
     one = {"device": "cpu", "batch": 1, "inputs": [[[1, 3, 96, 96], "float32"]], "key": "a", "threads": 1}
     assert pooled_identity(one) == pooled_identity({**one, "batch": 8, "inputs": [], "key": "b"})
@@ -208,6 +215,9 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
         LatencyPredictor.from_dict({"format": 99})
 
 
+STORED = LatencyPredictor().fit([{"a": 1.0}], [1.0]).to_dict()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -225,11 +235,33 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
         ),
         (lambda: LatencyPredictor().predict({"a": 1.0}), "has no samples; call fit"),
         (lambda: LatencyPredictor().transfer([{"a": 1.0}], [1.0]), "cannot be moved"),
+        (
+            lambda: LatencyPredictor().fit([{"a": 1.0}], ["a"]),
+            "milliseconds='a' of sample 0 must be positive",
+        ),
+        (lambda: LatencyPredictor().fit([{"a": 1.0}], [None]), "milliseconds=None of sample 0 must be"),  # type: ignore[list-item]
+        (lambda: LatencyPredictor().fit([{"a": 1.0}], 3), "milliseconds=3 must be a list"),  # type: ignore[arg-type]
+        (lambda: LatencyPredictor().fit(3, [1.0]), "work=3 must be a list"),  # type: ignore[arg-type]
+        (lambda: LatencyPredictor().fit(["x"], [1.0]), "work='x' must be counted work"),  # type: ignore[list-item]
+        (lambda: LatencyPredictor().fit([{"a": "x"}], [1.0]), "feature a='x' of sample 0 must be finite"),  # type: ignore[dict-item]
+        (lambda: LatencyPredictor(coverage="x"), "coverage='x' of a predictor must be between"),  # type: ignore[arg-type]
+        (
+            lambda: LatencyPredictor.from_dict({"format": 1}),
+            "lacks identity, coverage, features, samples, source",
+        ),
+        (lambda: LatencyPredictor.from_dict(None), "a stored predictor is a NoneType"),  # type: ignore[arg-type]
+        (lambda: LatencyPredictor.from_dict({**STORED, "samples": [[1.0]]}), "one number for every feature"),
+        (
+            lambda: LatencyPredictor.from_dict({**STORED, "samples": [["x", 1.0]]}),
+            "feature a='x' of sample 0",
+        ),
+        (lambda: LatencyPredictor.from_dict({**STORED, "source": 3}), "a stored predictor is a int"),
     ],
 )
 def test_mistakes(call: Any, message: str) -> None:
-    with pytest.raises(UserMistake, match=message):
+    with pytest.raises(UserMistake, match=message) as caught:
         call()
+    assert "\n" not in str(caught.value)
 
 
 def test_one_sample_of_one_feature_is_enough_to_answer() -> None:
@@ -272,88 +304,3 @@ def test_left_out_means_left_out(count: int) -> None:
             return np.full(len(rows), float(len(self.seen)))
 
     assert (left_out(lambda _, seen: Memory(seen), features, ms) < count).all()
-
-
-# Tables of blocks.
-
-
-class Layers(nn.Module):
-    def __init__(self, widths: list[int]):
-        super().__init__()
-        self.stem = nn.Linear(8, 8)
-        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, w), nn.Linear(w, 8)) for w in widths])
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.layers:
-            x = x + layer(x)
-        out: Tensor = self.head(x)
-        return out
-
-
-class Wide(nn.Module):
-    """One block per width, so that the table has little to learn."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.inside = nn.Linear(8, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.inside(x).sum(-1, keepdim=True)
-
-
-def test_equal_blocks_have_one_signature() -> None:
-    model = nn.Sequential(Wide(4, 1), Wide(4, 1), Wide(6, 1), Wide(4, 2), Wide(4, 1))
-    blocks = blocks_of(model, (torch.zeros(2, 8),))
-    assert [b.name for b in blocks] == ["0", "1", "2", "3", "4"]
-    names = [b.signature for b in blocks]
-    assert names[0] == names[1] == names[4]
-    assert len(set(names)) == 3
-    assert all(b.inputs[0].shape == (2, 8) for b in blocks)
-    assert blocks_of(model, (torch.zeros(1, 8),))[0].signature != names[0]
-
-
-def test_default_blocks_of_a_vision_transformer() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32, num_classes=5)
-    model.train()
-    blocks = blocks_of(model, (torch.zeros(1, 3, 32, 32),))
-    names = [b.name for b in blocks]
-    assert [n for n in names if n.startswith("blocks")] == ["blocks.0", "blocks.1", "blocks.2"]
-    assert "head" in names
-    assert model.training
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_table_sums_and_is_calibrated(tmp_path: Path) -> None:
-    table = BlockTable(identity="here")
-    models = [[Wide(w, 1) for w in widths] for widths in ([4, 4], [4, 6, 6], [6], [4, 4, 4, 6])]
-    lists = [blocks_of(nn.Sequential(*blocks), (torch.zeros(2, 8),)) for blocks in models]
-    missing = table.missing([b for blocks in lists for b in blocks])
-    assert len(missing) == 2
-    with pytest.raises(UserMistake, match="1 of 1 distinct blocks were not measured"):
-        table.total(lists[0])
-    for block, ms in zip(missing, (1.0, 3.0), strict=True):
-        table.add(block.signature, ms)
-    assert [table.total(blocks) for blocks in lists] == [2.0, 7.0, 3.0, 6.0]
-    table.calibrate(lists, [0.5 + 0.8 * x for x in (2.0, 7.0, 3.0, 6.0)])
-    assert (table.rest_ms, table.scale) == (pytest.approx(0.5), pytest.approx(0.8))
-    table.save(tmp_path / "table.json")
-    again = BlockTable.load(tmp_path / "table.json", identity="here")
-    assert again.total(lists[1]) == table.total(lists[1])
-    with pytest.raises(UserMistake, match="identity='there' differs from 'here'"):
-        BlockTable.load(tmp_path / "table.json", identity="there")
-    with pytest.raises(UserMistake, match="at least three"):
-        table.calibrate(lists[:2], [1.0, 2.0])
-    with pytest.raises(UserMistake, match="milliseconds=0 of a block must be positive"):
-        table.add("x", 0)
-
-
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(UserMistake, match="say what a block is with is_block"):
-        blocks_of(Layers([4]), (torch.zeros(1, 8),), is_block=lambda name, module: False)
-    assert (
-        len(blocks_of(Layers([4, 4]), (torch.zeros(1, 8),), is_block=lambda name, _: name.count(".") == 1))
-        == 2
-    )

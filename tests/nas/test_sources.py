@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.errors import UserMistake
-from nas.export import export_trial, load_model
-from nas.files import CorruptFile
+from nas.export import describe_signature, export_trial, load_model
 from nas.reader import read_run
 from nas.run_directory import RunDirectory
 from nas.sources import Source, load_source
@@ -100,6 +100,17 @@ def test_a_trial(trained: RunDirectory, form: str) -> None:
     assert source.key == read_run(trained.path).trial(1).key
 
 
+def test_our_own_architectures_know_how_they_are_built_again(trained: RunDirectory, exported: Path) -> None:
+    trial, described = load_source(f"{trained.path}#0"), load_source(str(exported), size="6x4")
+    for source, signature in ((trial, SIGNATURE), (described, replace(SIGNATURE, height=6))):
+        assert source.origin is not None
+        assert source.origin["kind"] == "space"
+        assert source.origin["signature"] == describe_signature(signature)
+    assert described.origin is not None
+    assert described.origin["task"] == "image_classification"
+    assert load_source(VIT).origin is None
+
+
 def test_an_export_has_its_weights(exported: Path) -> None:
     source = load_source(str(exported))
     expected = load_model(exported)
@@ -149,7 +160,9 @@ def _many(source: Source) -> list[list[tuple[int, ...]]]:
 def test_a_changed_record_is_refused(exported: Path, tmp_path: Path) -> None:
     path = tmp_path / "architecture.json"
     path.write_text((exported / "architecture.json").read_text().replace('"width": 8', '"width": 4'))
-    with pytest.raises(CorruptFile, match="do not match its checksum"):
+    with pytest.raises(
+        UserMistake, match="do not match its checksum; write it again, or take it from a copy"
+    ):
         load_source(str(path))
 
 
@@ -267,6 +280,7 @@ def bare(): return nn.Linear(4, 2)
 def text(): return "a model"
 def broken(): raise RuntimeError("no\\nway")
 def named(): return nn.Linear(4, 2), {"x": torch.ones(1, 4)}
+def lazy(): return nn.LazyLinear(2), torch.ones(1, 4)
 class Image(nn.Conv2d):
     pretrained_cfg = {"input_size": (3, 8, 8)}
     def __init__(self): super().__init__(3, 4, 3)
@@ -307,6 +321,7 @@ def test_a_class_with_the_configuration_of_timm(functions: str) -> None:
         ("text", r"must return a torch\.nn\.Module or \(module, inputs\), not str"),
         ("broken", r"functions\.py, line 10: RuntimeError: no way"),
         ("named", r"its inputs must be a tuple of tensors"),
+        ("lazy", r"some tensors hold no values yet \(meta device, or lazy layers"),
         ("pairs", r"has no attribute 'pairs' \(did you mean 'pair'\?\)"),
     ],
 )

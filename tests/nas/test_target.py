@@ -105,6 +105,25 @@ def test_a_wrong_target_says_what_is_allowed(text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "target None must be a text or a mapping of fields; allowed: cpu"),
+        (3, "target 3 must be a text"),
+        (["cpu"], r"target \['cpu'\] must be a text"),
+        ({"device": "cpu", "dtype": ["fp32"]}, r"target: dtype=\['fp32'\].*; allowed: fp32, bf16, fp16"),
+        ({"device": "cpu", "dtype": {}}, "target: dtype={}; allowed: fp32, bf16, fp16"),
+        ({"device": ["cpu"]}, r"target: device=\['cpu'\]; allowed"),
+        ({"device": "cpu", "runtime": ["eager"]}, r"target: runtime=\['eager'\].*; allowed"),
+        ({"device": "cpu", "size": [224, 192]}, r"target: size=\[224, 192\]; allowed"),
+    ],
+)
+def test_other_types_are_mistakes_of_one_line(given: Any, message: str) -> None:
+    with pytest.raises(UserMistake, match=message) as caught:
+        Target.parse(given)
+    assert "\n" not in str(caught.value)
+
+
 @settings(deadline=None)
 @given(st.text(alphabet="cpuda:0123456789+bf16compile@/x-ort ", max_size=24))
 def test_no_text_crashes_the_parser(text: str) -> None:

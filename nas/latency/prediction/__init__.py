@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nas.latency.prediction.blocks import Block, blocks_of
 from nas.latency.prediction.predictor import LatencyPredictor, Prediction
 from nas.latency.prediction.samples import pooled_identity
 from nas.latency.prediction.select import choose_samples, decide
-from nas.latency.prediction.table import Block, BlockTable, blocks_of
+from nas.latency.prediction.table import BlockTable
 
 if TYPE_CHECKING:
     from nas.latency.prediction.work import Work, count_work

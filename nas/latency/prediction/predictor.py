@@ -17,7 +17,15 @@ from nas.files import read_record, write_record
 from nas.latency.prediction import models
 from nas.latency.prediction.conformal import Spread, left_out, quantile
 from nas.latency.prediction.models import Fitter, Model
-from nas.latency.prediction.samples import checked_samples, feature_matrix, plain_features
+from nas.latency.prediction.samples import (
+    check_identity,
+    checked_samples,
+    feature_matrix,
+    finite_number,
+    first_features,
+    stored_fields,
+    stored_samples,
+)
 
 if TYPE_CHECKING:
     from nas.latency.prediction.work import Work
@@ -90,10 +98,9 @@ class LatencyPredictor:
     """
 
     def __init__(self, *, identity: str | None = None, coverage: float = 0.9):
-        if not 0.5 <= coverage <= 0.99:
-            raise UserMistake(
-                f"coverage={coverage!r} of a predictor must be between 0.5 and 0.99; 0.9 is usual"
-            )
+        must = "of a predictor must be between 0.5 and 0.99; 0.9 is usual"
+        if not 0.5 <= finite_number(coverage, "coverage", must) <= 0.99:
+            raise UserMistake(f"coverage={coverage!r} {must}")
         self.identity = identity
         self.coverage = coverage
         self.model = ""
@@ -133,8 +140,8 @@ class LatencyPredictor:
         Raises:
             UserMistake: no samples, unequal numbers, values out of range, other features or another identity.
         """
-        self._check_identity(identity)
-        names = tuple(plain_features(work[0])) if work else ()
+        check_identity(identity, self.identity)
+        names = first_features(work)
         rows, ms = checked_samples(work, milliseconds, names)
         self._names, self._rows, self._ms = names, rows, ms
         self.identity = identity if self.identity is None else self.identity
@@ -148,10 +155,14 @@ class LatencyPredictor:
         *,
         identity: str | None = None,
     ) -> LatencyPredictor:
-        """Add samples and fit again; returns itself. Raises as ``fit``."""
+        """Add samples and fit again; returns itself.
+
+        Raises:
+            UserMistake: as ``fit``, or no identity of samples that come to those of a known one.
+        """
         if not len(self):
             return self.fit(work, milliseconds, identity=identity)
-        self._check_identity(identity)
+        check_identity(identity, self.identity, joining=True)
         rows, ms = checked_samples(work, milliseconds, self._names)
         self._rows, self._ms = np.concatenate([self._rows, rows]), np.concatenate([self._ms, ms])
         self._refit()
@@ -165,7 +176,7 @@ class LatencyPredictor:
         self, work: Sequence[Work | Mapping[str, float]], *, identity: str | None = None
     ) -> list[Prediction]:
         """Predictions of several models; as ``predict``."""
-        self._check_identity(identity)
+        check_identity(identity, self.identity)
         if self._fitted is None:
             raise UserMistake(_EMPTY)
         if not work:
@@ -230,19 +241,17 @@ class LatencyPredictor:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyPredictor:
         """The inverse of ``to_dict``. Raises UserMistake when ``data`` is no predictor of this version."""
-        if data.get("format") != _FORMAT:
+        stored_fields(data, ("format",), "a stored predictor")
+        if data["format"] != _FORMAT:
             raise UserMistake(
-                f"format {data.get('format')!r} of a stored predictor is unknown; {_FORMAT} can be read, fit it anew"
+                f"format {data['format']!r} of a stored predictor is unknown; {_FORMAT} can be read, fit it anew"
             )
+        names, work, milliseconds = stored_samples(data)
         predictor = cls(identity=data["identity"], coverage=data["coverage"])
         if data["source"] is not None:
             predictor._source = cls.from_dict(data["source"])
-        names = tuple(data["features"])
-        if data["samples"]:
-            work = [dict(zip(names, row[:-1], strict=True)) for row in data["samples"]]
-            predictor._rows, predictor._ms = checked_samples(
-                work, [row[-1] for row in data["samples"]], names
-            )
+        if work:
+            predictor._rows, predictor._ms = checked_samples(work, milliseconds, names)
             predictor._names = names
             predictor._refit()
         return predictor
@@ -359,13 +368,6 @@ class LatencyPredictor:
         if self._source is not None:
             rows = np.concatenate([rows, self._source._rows])
         return rows.min(0), rows.max(0)
-
-    def _check_identity(self, identity: str | None) -> None:
-        if identity is not None and self.identity is not None and identity != self.identity:
-            raise UserMistake(
-                f"identity={identity!r} differs from {self.identity!r}, under which this predictor was measured; "
-                "fit another one, or move it with transfer and 5 to 10 samples"
-            )
 
 
 def _on(columns: slice, fitter: Fitter) -> Fitter:

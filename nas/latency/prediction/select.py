@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from nas.errors import UserMistake
 from nas.latency.prediction.conformal import Spread
 from nas.latency.prediction.predictor import LatencyPredictor, Prediction
+from nas.latency.prediction.samples import finite_number, plain_features
 
 if TYPE_CHECKING:
     from nas.latency.prediction.work import Work
@@ -35,8 +35,7 @@ def decide(prediction: Prediction, budget_ms: float) -> Decision:
     Raises:
         UserMistake: a budget that is no positive number.
     """
-    if not budget_ms > 0 or not math.isfinite(budget_ms):
-        raise UserMistake(f"budget_ms={budget_ms!r} must be a positive number of milliseconds")
+    finite_number(budget_ms, "budget_ms", "must be a positive number of milliseconds, such as 5.0")
     if prediction.trusted and prediction.low_ms > budget_ms:
         return "over"
     if prediction.trusted and prediction.high_ms <= budget_ms:
@@ -68,7 +67,7 @@ def choose_samples(
     """
     rows, measured = _matrices(pool, already)
     free = [index for index, row in enumerate(rows) if not (len(measured) and (measured == row).all(1).any())]
-    if not 0 < k <= len(free):
+    if not isinstance(k, int) or not 0 < k <= len(free):
         raise UserMistake(f"k={k!r} models were asked for and {len(free)} of the pool are not measured")
     chosen = _corners(rows, measured, free, min(k, max(0, CORNERS - len(measured))))
     if len(chosen) < k:
@@ -159,7 +158,7 @@ def _widest(
 def _matrices(pool: Sequence[Any], already: Sequence[Any]) -> tuple[Array, Array]:
     if not pool:
         raise UserMistake("pool=[] holds no candidates; draw some from the space first")
-    plain = [item.to_dict() if hasattr(item, "to_dict") else dict(item) for item in (*pool, *already)]
+    plain = [plain_features(item) for item in (*pool, *already)]
     names = list(plain[0])
     if any(set(item) != set(names) for item in plain):
         raise UserMistake("candidates and measured models have different features; count all in the same way")

@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from nas.profile.skeleton import empty, plain_kernels, skeleton
+from nas.profile import formulas
+from nas.profile.by_torch import HIGHER_ORDER, OUR_FORMULAS, UNDIVIDED, function_name, unseen
+from nas.profile.skeleton import empty, plain_kernels, refuse_lazy, skeleton
 
 __all__ = ["Work", "count_work"]
 
@@ -33,7 +35,6 @@ _CONSTANT, _RAW, _LIVE = 0, 1, 2
 
 _SOFTMAX = frozenset({"_softmax", "_safe_softmax", "_log_softmax"})
 _GATHERS = frozenset({"embedding", "_embedding_bag", "index_select", "gather", "index"})
-_PRODUCTS_WITH_VECTORS = frozenset({"mv", "addmv", "dot", "vdot"})
 _CONVOLUTIONS = frozenset({"convolution", "_convolution", "convolution_overrideable", "cudnn_convolution"})
 
 
@@ -94,9 +95,14 @@ def count_work(model: nn.Module, inputs: Sequence[Tensor]) -> Work:
         inputs: what it is called with, the batch first; only shapes and types matter, unless the model's control
             flow reads values.
 
+    flex_attention is one launch and two products, all queries x keys whatever its block mask. What runs inside of other
+    operators that are called with functions (cond, while_loop) is not counted; a warning is logged that names them.
+
     Raises:
+        UserMistake: parameters without a shape yet (``nn.LazyLinear``).
         Exception: whatever the model raises when called with ``inputs``.
     """
+    refuse_lazy(model)
     seen = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
     try:
@@ -106,6 +112,12 @@ def count_work(model: nn.Module, inputs: Sequence[Tensor]) -> Work:
     ) as error:  # anything may go wrong without data; with data the model's own errors come out
         logger.info("%s cannot run without data (%s); counted with data", type(model).__name__, error)
         counter = _run(copy.deepcopy(model), inputs)
+    if counter.unknown:
+        logger.warning(
+            "the work inside of %s in %s is not counted",
+            ", ".join(sorted(counter.unknown)),
+            type(model).__name__,
+        )
     return Work(
         constant=1.0,
         products=float(counter.products),
@@ -134,10 +146,13 @@ def _run(model: nn.Module, inputs: Sequence[Tensor]) -> _Counter:
 class _Counter(TorchDispatchMode):
     """Sorts the work of every operator into its kind by what its operands were made of."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.macs = {"linear": 0, "attention": 0, "convolution": 0, "embedding": 0}
         self.products = self.launches = self.elements = self.softmax = self.gathered = 0
+        self.unknown: set[str] = set()
         # By storage, so that a view is what its base is. Whoever is not listed was there before: a parameter.
         self._made: dict[int, int] = {}
 
@@ -149,8 +164,12 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [self._made.get(_storage(x), _CONSTANT) for x in operands]
-        result = func(*args, **kwargs)
+        higher_order = isinstance(func, HIGHER_ORDER)
+        result = unseen(func, args, kwargs) if higher_order else func(*args, **kwargs)
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if higher_order:
+            self._count_higher_order(func, args, made, results)
+            return result
         places = {_storage(x) for x in operands}
         if all(_storage(x) in places for x in results) and not func._schema.is_mutable:
             return result  # a view
@@ -165,13 +184,10 @@ class _Counter(TorchDispatchMode):
         stage = max(made, default=_CONSTANT)
         size = sum(x.numel() for x in results)
         self.launches += 1
-        if packet in flop_registry or name in _PRODUCTS_WITH_VECTORS:
+        macs = _macs(packet, name, args, kwargs, result)
+        if macs is not None:
             self.products += 1
             activations = sum(kind != _CONSTANT for kind in made)
-            if name in _PRODUCTS_WITH_VECTORS:
-                macs = max(x.numel() for x in args if isinstance(x, Tensor))
-            else:
-                macs = int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
             self.macs[_kind(name, stage, activations)] += macs
             stage = _LIVE if stage == _RAW else stage
         elif name in _SOFTMAX:
@@ -183,6 +199,31 @@ class _Counter(TorchDispatchMode):
             self.elements += size
         for x in results:
             self.mark(x, stage)
+
+    def _count_higher_order(self, func: Any, args: Any, made: list[int], results: list[Tensor]) -> None:
+        stage = max(made, default=_CONSTANT)
+        self.launches += 1
+        self.elements += results[0].numel() if results else 0
+        name = function_name(func)
+        if name in UNDIVIDED:
+            query, key, value = args[:3]
+            self.products += 2
+            self.macs["attention"] += formulas.attention(query.shape, key.shape, value.shape).macs
+            self.softmax += query.shape[:-1].numel() * key.shape[-2]
+            stage = _LIVE
+        else:
+            self.unknown.add(name)
+        for x in results:
+            self.mark(x, stage)
+
+
+def _macs(packet: Any, name: str, args: Any, kwargs: Any, result: Any) -> int | None:
+    """Of a product; None for anything else, Fourier transforms among it, which move more than they reckon."""
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=result)) // 2
+    if packet in OUR_FORMULAS and not name.startswith("_fft"):
+        return OUR_FORMULAS[packet](result, *args, **kwargs).macs
+    return None
 
 
 def _kind(name: str, stage: int, activations: int) -> str:

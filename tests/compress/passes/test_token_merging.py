@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from compress.passes import make_pass, parse_pass
@@ -158,3 +158,33 @@ class _Twice(nn.Sequential):
         for block in self:
             x = block(x, rope=None) if isinstance(block, ClassTokenBlock) else block(x) * 1.1
         return x
+
+
+def test_gradient_checkpointing_does_not_go_past_the_merging() -> None:
+    plain: Any = small_vit()
+    model: Any = small_vit()
+    model.set_grad_checkpointing(True)
+    merging = make_pass("token_merging", r=3)
+    made: Any = merging.apply(model, CONTEXT)
+    assert not made.grad_checkpointing
+    assert model.grad_checkpointing
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(made(x), merging.apply(plain, CONTEXT)(x))
+    assert not torch.equal(made(x), plain(x))
+
+
+class _OneByOne(VisionTransformer):
+    """Calls its blocks itself instead of what holds them."""
+
+    def forward_features(self, x: Tensor, *more: Any, **options: Any) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_calls_its_blocks_one_by_one_is_refused() -> None:
+    model = _OneByOne(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=5).eval()
+    with pytest.raises(StructureError, match="does not call 'blocks' as a whole"):
+        make_pass("token_merging", r=3).apply(model, CONTEXT)
+    make_pass("token_merging", r=0).apply(model, CONTEXT)

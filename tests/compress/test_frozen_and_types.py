@@ -1,0 +1,111 @@
+"""What the user has frozen stays frozen, and models of other float types are trained like others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compress.finetune import finetune
+from compress.passes import make_pass
+from compress.passes._ofb_supernet import Supernet
+from compress.passes.base import Context
+from nas.errors import UserMistake
+from tests.compress._sit_models import batches, context, deit, slimmings
+
+PASSES: dict[str, dict[str, Any]] = {
+    "structured": {},
+    "ofb": {"target": 0.6},
+    "sit": {"slim_after": [1]},
+}
+
+
+def of_type(kind: torch.dtype) -> Context:
+    train = [(images.to(kind), labels) for images, labels in batches()]
+    return context(train=train, epochs=1, example=(torch.zeros(1, 3, 16, 16, dtype=kind),))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", PASSES)
+def test_other_float_types(name: str, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    run = of_type(kind)
+    made: Any = make_pass(name, **PASSES[name]).apply(deit(depth=3).to(kind), run)
+    assert {parameter.dtype for parameter in made.parameters()} == {kind}
+    assert made(run.example[0]).isfinite().all()
+
+
+def test_probabilities_of_a_search_are_wide() -> None:
+    supernet = Supernet(deit().bfloat16())
+    assert {gate.alpha.dtype for gate in supernet.gates()} == {torch.float32}
+    assert {gate.alpha.dtype for gate in Supernet(deit().double()).gates()} == {torch.float64}
+    supernet.train()
+    supernet.schedule(0.5, 0.5)
+    images = batches(1)[0][0].bfloat16()
+    assert supernet(images).dtype == torch.bfloat16
+    rebuilt = supernet.reconstruction(images)
+    assert rebuilt is not None
+    assert rebuilt.isfinite()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_frozen_parts_stay_frozen(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = deit()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith(("head", "blocks.3")))
+    own: dict[str, dict[str, Any]] = {"ofb": {"embedding": False}, "sit": {"start": "random"}}
+    options = {**PASSES[name], **own.get(name, {})}
+    made: Any = make_pass(name, **options).apply(model, context(epochs=1))
+    last = made.blocks[-1]
+    kept = [made.pos_embed, made.blocks[0].attn.qkv.weight, made.blocks[0].mlp.fc2.bias, made.norm.weight]
+    assert not any(parameter.requires_grad for parameter in kept)
+    assert all(parameter.requires_grad for part in (last, made.head) for parameter in part.parameters())
+    assert torch.equal(made.pos_embed, model.pos_embed)
+    assert torch.equal(made.blocks[0].mlp.fc2.bias, model.blocks[0].mlp.fc2.bias)
+    assert not torch.equal(made.head.weight, model.head.weight)
+    assert all(parameter.grad is None for parameter in made.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("structured", {"epochs": 0}), ("ofb", {"target": 0.6, "epochs": 1, "finetune_epochs": 0})],
+)
+def test_all_frozen_is_cut_but_not_trained(name: str, options: dict[str, Any]) -> None:
+    model: Any = deit().requires_grad_(False)
+    made: Any = make_pass(name, **options).apply(model, context())
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+    sizes = [sum(p.numel() for p in one.parameters()) for one in (made, model)]
+    assert sizes[0] < 0.8 * sizes[1]
+    rows = {tuple(row) for row in model.blocks[1].mlp.fc1.weight[:, :1].tolist()}
+    if name == "structured":
+        assert {tuple(row) for row in made.blocks[1].mlp.fc1.weight[:, :1].tolist()} <= rows
+
+
+@pytest.mark.parametrize(("name", "option"), [("structured", "epochs"), ("ofb", "finetune_epochs")])
+def test_nothing_to_train_is_told_at_the_start(
+    name: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.passes.ofb.Supernet", lambda *_: pytest.fail("began"))
+    monkeypatch.setattr("compress.passes.structured.Scorer", lambda *_: pytest.fail("began"))
+    text = rf"every parameter of VisionTransformer is frozen \(requires_grad=False\); .* or give {option}=0"
+    with pytest.raises(UserMistake, match=text):
+        make_pass(name).apply(deit().requires_grad_(False), context(epochs=1))
+
+
+def test_slimmings_of_a_frozen_model_learn_alone() -> None:
+    model: Any = deit().requires_grad_(False)
+    made: Any = make_pass("sit", slim_after=[1], epochs=1, start="random").apply(model, context())
+    learnt = {id(p) for one in slimmings(made) for p in one.parameters()}
+    assert {id(p) for p in made.parameters() if p.requires_grad} == learnt
+    assert torch.equal(made.head.weight, model.head.weight)
+
+
+def test_no_gradient_is_left() -> None:
+    model: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    finetune(model, context(), epochs=1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(UserMistake, match="every parameter of Sequential is frozen"):
+        finetune(model.requires_grad_(False), context(), epochs=1)

@@ -1,0 +1,213 @@
+"""Measuring in a process of its own: mistakes come back as such, and a model that hangs is left out in its own time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nas.measure_sources
+from nas.errors import UserMistake
+from nas.executors import Outcome
+from nas.latency.gate import PATIENCE_SECONDS, DeviceGate
+from nas.latency.result import Session
+from nas.latency.rounds import Plan
+from nas.measure_sources import _Watch, job, measure_sources
+
+FUNCTIONS = """
+import time
+import torch
+from torch import nn
+
+class Hang(nn.Module):
+    def forward(self, x):
+        while True:
+            time.sleep(0.1)
+
+def small(): return nn.Linear(8, 8), (torch.rand(1, 8),)
+def wide(): return nn.Linear(16, 8), (torch.rand(1, 16),)
+def double(): return nn.Linear(8, 8).double(), (torch.rand(1, 8).double(),)
+def hanging(): return Hang(), (torch.rand(1, 8),)
+def never(): time.sleep(1000)
+"""
+
+LIMIT = 0.5
+
+
+class Heard:
+    """A channel that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def event(self, message: dict[str, Any]) -> None:
+        self.events.append(message)
+
+
+@pytest.fixture
+def functions(tmp_path: Path) -> str:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    return str(tmp_path / "functions.py")
+
+
+def asked(texts: dict[str, str], **changes: Any) -> dict[str, Any]:
+    plan = {"max_seconds": 0.1, "precision": 0.5, "seed": 0}
+    plain = {
+        "target": "cpu:1", "size": None, "plan": plan, "compare": False, "against": None, "margin": None,
+        "options": {"priority": "off", "energy": False}, "scale": None, "texts": texts,
+    }  # fmt: skip
+    return {**plain, **changes}
+
+
+# -- silence -----------------------------------------------------------------------------------------------------------
+
+
+def watch(*, max_seconds: float = 1.0) -> _Watch:
+    return _Watch(["a", "b"], LIMIT, max_seconds, lambda event: None)
+
+
+def waited(watching: _Watch, seconds: float = 5.0) -> Outcome | None:
+    """What is found of a job that would answer after ``seconds``."""
+    future: Future[Outcome] = Future()
+    answer = threading.Timer(seconds, future.set_result, [Outcome({}, None, 0.0, 1)])
+    answer.start()
+    try:
+        return watching.outcome(future)
+    finally:
+        answer.cancel()
+
+
+def test_silence_after_a_visit_is_blamed_on_that_model() -> None:
+    found = watch()
+    found.on_event({"visit": "a"})
+    found.on_event({"visit": "b"})
+    began = time.monotonic()
+    assert waited(found) is None
+    assert time.monotonic() - began < 3
+    assert found.touched == "b"
+    assert found.silence() == "hangs: no sign of life for 0.5 s while it was built and first called; left out"
+
+
+def test_every_sign_of_life_gives_new_time() -> None:
+    found = watch()
+    found.on_event({"visit": "a"})
+    signs = [threading.Timer(0.1 * number, found.on_event, [{"visit": "a"}]) for number in range(1, 12)]
+    for sign in signs:
+        sign.start()
+    assert waited(found, 1.2) is not None  # more than twice the limit
+
+
+@pytest.mark.parametrize(
+    "event", [{"wait": "device"}, {"visit": "reference"}], ids=["another has the device", "in the rounds"]
+)
+def test_other_steps_have_other_limits(event: dict[str, Any]) -> None:
+    found = watch()
+    found.on_event({"visit": "b"})
+    found.on_event(event)
+    assert waited(found, 2 * LIMIT) is not None
+    assert found.touched == "b"
+    assert found._limit == (PATIENCE_SECONDS if "wait" in event else 1.0) + LIMIT
+
+
+def test_the_start_of_the_process_is_nobodys_fault() -> None:
+    assert waited(watch(), 2 * LIMIT) is not None
+
+
+def test_the_others_go_on_without_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    tried: list[list[str]] = []
+
+    def attempt(payload: dict[str, Any], texts: dict[str, str], watch: _Watch) -> Session | str:
+        tried.append(list(texts))
+        if "b" in texts:
+            watch.on_event({"visit": "b"})
+            return watch.silence()
+        return Session(target="cpu:1", results={}, failures={})
+
+    monkeypatch.setattr(nas.measure_sources, "_attempt", attempt)
+    found = measure_sources(["a", "b", "c"], "cpu:1", on_progress=told.append)
+    assert tried == [["a", "b", "c"], ["a", "c"]]
+    assert list(found.failures) == ["b"]
+    assert told[-1] == {"failed": "b", "reason": found.failures["b"]}
+
+
+def test_a_runtime_that_compiles_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def attempt(payload: dict[str, Any], texts: dict[str, str], watch: _Watch) -> Session:
+        watch.on_event({"visit": "a"})
+        limits.append(watch._limit)
+        return Session(target="cpu:1", results={}, failures={})
+
+    monkeypatch.setattr(nas.measure_sources, "_attempt", attempt)
+    measure_sources(["a"], "cpu:1")
+    measure_sources(["a"], "cpu:1+compile")
+    measure_sources(["a"], "cpu:1", stall_seconds=7.0)
+    assert limits == [300.0, 900.0, 7.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hanging", "never"])
+def test_a_hanging_model_for_real(functions: str, name: str) -> None:
+    good, bad = f"{functions}:small", f"{functions}:{name}"
+    began = time.monotonic()
+    found = measure_sources([bad, good], "cpu:1", plan=Plan(0.5), stall_seconds=15.0)
+    assert time.monotonic() - began < 90
+    assert list(found.results) == [good]
+    assert found.failures[bad].startswith("hangs: no sign of life for 15 s while it was built")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("other", "inputs"), [("wide", "1x16 float32"), ("double", "1x8 float64")], ids=["shape", "dtype"]
+)
+def test_models_with_different_inputs_are_not_compared(functions: str, other: str, inputs: str) -> None:
+    texts = {name: f"{functions}:{name}" for name in ("small", other)}
+    refused = job(asked(texts, compare=True), Heard())
+    assert refused == {
+        "mistake": "--compare: models with different inputs cannot be compared: 'small' takes 1x8 float32, "
+        f"{other!r} takes {inputs}; give one --size that fits both, or leave --compare out"
+    }
+
+
+def test_different_inputs_are_measured_without_comparing(
+    functions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(models: dict[str, Any], *_: object, pairs: bool, **__: object) -> Session:
+        assert not pairs
+        heard.event({"measured": list(models)})
+        return Session(target="cpu:1", results={}, failures={})
+
+    monkeypatch.setattr(nas.measure_sources, "measure_together", measured)
+    monkeypatch.setattr(DeviceGate, "exclusive", lambda gate: contextlib.nullcontext())
+    heard = Heard()
+    texts = {name: f"{functions}:{name}" for name in ("small", "wide")}
+    Session.from_dict(job(asked(texts), heard))
+    assert heard.events == [  # both are loaded before the device is asked for
+        {"visit": "small"}, {"visit": "wide"}, {"wait": "device"}, {"measured": ["small", "wide"]}
+    ]  # fmt: skip
+
+
+def test_a_batch_that_a_program_was_not_made_for(tmp_path: Path) -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(torch.nn.Linear(4, 2), (torch.rand(3, 4),), dynamic_shapes=({0: batch},))
+    path = str(tmp_path / "a.pt2")
+    torch.export.save(program, path)
+    for target, way_out in (("cpu:1@100", "not 100; choose such a target, as in @64"), ("cpu:1", "@2")):
+        (told,) = job(asked({path: path}, target=target), Heard()).values()
+        assert "made for batches of 2 to 64 (input ? x 4)" in told
+        assert way_out in told
+
+
+def test_a_size_that_no_target_has_is_a_mistake_of_the_size() -> None:
+    with pytest.raises(UserMistake, match=r"^--size 16-16: allowed: "):
+        measure_sources(["a"], "cpu:1", size="16-16")
+    assert "size='x'" in job(asked({"a": "a"}, size="x"), Heard())["mistake"]
