@@ -173,6 +173,10 @@ def factorised(layer: Layer, ranks: Sequence[int]) -> nn.Module:
             up.weight.copy_(factor.reshape(up.weight.shape))
             if bias is not None:
                 up.bias.copy_(bias + part.lost_mean(rank).to(bias))
+    made.requires_grad_(old.weight.requires_grad)
+    if old.bias is not None:
+        for up in ups:
+            up.bias.requires_grad_(old.bias.requires_grad)
     return made.train(old.training)
 
 

@@ -50,6 +50,15 @@ def test_probabilities_of_a_search_are_wide() -> None:
     assert rebuilt.isfinite()
 
 
+def test_factors_of_frozen_layers_are_frozen() -> None:
+    model: Any = deit()
+    model.blocks[1].requires_grad_(False)
+    made: Any = make_pass("low_rank", rank=4, keep="anyway", epochs=0).apply(model, context(epochs=0))
+    assert not any(p.requires_grad for p in made.blocks[1].parameters())
+    assert all(p.requires_grad for p in made.blocks[0].parameters())
+    assert len(list(made.blocks[1].parameters())) > len(list(model.blocks[1].parameters()))
+
+
 @pytest.mark.parametrize("name", PASSES)
 def test_frozen_parts_stay_frozen(name: str) -> None:
     torch.manual_seed(0)
