@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nas.cli.main import main
+
 TOY = Path(__file__).parent / "toys" / "toy.py"
 SPACE = ["--space", f"{TOY}:SPACE"]
 EVALUATOR = [
@@ -68,14 +70,24 @@ def nas(*arguments: str, cwd: Path, timeout: float = 110) -> subprocess.Complete
         (["doctor", "--repair", "nowhere"], r"--repair nowhere: not a directory"),
     ],
 )
-def test_mistakes(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = nas(*arguments, cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr()
+    assert ended.value.code == 2, said.err
+    lines = said.err.strip().splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
-    assert "secret" not in result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
+    assert "secret" not in said.err
+    assert "Traceback" not in said.out + said.err
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
