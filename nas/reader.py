@@ -48,12 +48,12 @@ class ReadRun:
         return trials[number]
 
 
-def read_run(path: Path) -> ReadRun:
+def read_run(path: str | Path) -> ReadRun:
     """Open a run for reading. What is damaged is taken from its copies, or left out, with a warning in the log.
 
     Raises UserMistake when it is not a run or when nothing of it can be read.
     """
-    run = RunDirectory.existing(path)
+    run = RunDirectory.existing(Path(path))
     recorded = read_recorded(run)
     config, facts = recorded.config, recorded.facts or {}
     for damaged, why in recorded.damage.items():

@@ -128,7 +128,8 @@ def _table(title: str = "") -> Table:
 def _columns(table: Table, first: str, others: Iterable[str]) -> None:
     table.add_column(first, no_wrap=True, overflow="ellipsis")
     for name in others:
-        table.add_column(Text(name), justify="right", no_wrap=True, overflow="ellipsis")
+        # A figure that does not fit goes on in the next line: a cut one would be another figure.
+        table.add_column(Text(name), justify="right", overflow="fold")
 
 
 def _two_lines(label: str) -> str:
@@ -248,7 +249,7 @@ def finalists_table(report: RunReport) -> Table:
     table = _table(f"Measured again side by side on {report.target}")
     columns = ["latency (ms)", "to baseline", ""]
     if report.test_metric is not None:
-        columns.append(f"test {one_line(objective_label(report.test_metric), 25)}")
+        columns.append(_two_lines(f"test {one_line(objective_label(report.test_metric), 25)}"))
     _columns(table, "trial", columns)
     rows = {row.number: row for row in report.trials}
     for found in report.finalists or ():

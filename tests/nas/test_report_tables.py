@@ -23,6 +23,16 @@ def test_tables_fit_the_terminal(width: int) -> None:
         assert "…" not in "".join(lines).replace(" …", "")
 
 
+@pytest.mark.parametrize("width", [66, 80])
+def test_no_figure_of_the_finalists_is_cut(width: int) -> None:
+    report = dataclasses.replace(finalists(many(60)), test_metric="accuracy")
+    figures = re.findall(r"\d+\.\d+", " ".join(printed(finalists_table(report), 160)))
+    lines = printed(finalists_table(report), width)
+    assert figures
+    assert sorted(re.findall(r"\d+\.\d+", " ".join(lines))) == sorted(figures)
+    assert "…" not in "".join(lines)
+
+
 def test_the_front_table_shows_figures_and_the_baseline() -> None:
     report = run(
         BASE,

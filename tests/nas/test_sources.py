@@ -97,7 +97,7 @@ def test_a_trial(trained: RunDirectory, form: str) -> None:
     source = load_source(form.format(trained.path))
     assert shapes(source, 3) == [(3, 1, 4, 4)]
     assert run(source, 3).shape == (3, 3)
-    assert source.key == read_run(trained.path).trial(1).key
+    assert source.key == read_run(str(trained.path)).trial(1).key
 
 
 def test_our_own_architectures_know_how_they_are_built_again(trained: RunDirectory, exported: Path) -> None:
