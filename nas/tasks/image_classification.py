@@ -20,8 +20,7 @@ from nas.errors import TrialFailure, UserMistake
 from nas.tasks import register_task
 from nas.tasks.base import Batch, Objective, Split, Task
 from nas.tasks.cache import default_cache_dir
-from nas.tasks.image_data import ImageData, load_images
-from nas.tasks.image_fitting import resized, with_channels
+from nas.tasks.image_data import ImageData, load_images, with_channels
 from nas.tasks.image_sources.base import Part
 from spaces.signature import ImageSignature
 
@@ -117,7 +116,7 @@ class ImageClassification(Task):
             label_column=label_column,
             download=download,
         )
-        self._data, channels = with_channels(resized(loaded, image_size), channels)
+        self._data, channels = with_channels(loaded, channels)
         digits = data is None or data.lower() == "digits"
         self._seed = seed
         self._limit = limit

@@ -8,16 +8,17 @@ unpacked, and sizes are bounded before anything is decoded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from nas.errors import UserMistake, nearest
 from nas.tasks.cache import cached
-from nas.tasks.image_decoding import decode_all
+from nas.tasks.image_decoding import decode_all, fitted
 from nas.tasks.image_sources.archives import ARCHIVE_SUFFIXES, archive_source
 from nas.tasks.image_sources.base import ACCEPTED, Columns, Part, Source, part_of
 from nas.tasks.image_sources.folders import folder_source
@@ -25,7 +26,7 @@ from nas.tasks.image_sources.idx import idx_files, idx_source
 from nas.tasks.image_sources.named import TORCHVISION, torchvision_source
 from nas.tasks.image_sources.parquet import parquet_source
 
-__all__ = ["ImageData", "load_images"]
+__all__ = ["ImageData", "load_images", "with_channels"]
 
 _RULES = 1  # raised whenever the same files would be decoded to other arrays
 
@@ -73,7 +74,7 @@ def load_images(
             two classes, or an empty class.
     """
     if data.lower() == "digits":
-        return _digits()
+        return _digits(image_size)
     path, columns = Path(data), (image_column, label_column)
     name = next((known for known in TORCHVISION if known.lower() == data.lower()), None)
     if name is not None and (data_root is not None or not path.exists()):
@@ -97,14 +98,45 @@ def load_images(
     return ImageData(source.name, classes, images, labels, source.mirror, notes)
 
 
-def _digits() -> ImageData:
+def _digits(image_size: int | None) -> ImageData:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     # The values are 0..16; 255 / 16 keeps their differences and fills the byte.
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     labels, classes = bunch.target.astype(np.int64), tuple("0123456789")
-    return ImageData("scikit-learn digits", classes, {"train": images}, {"train": labels}, mirror=False)
+    notes: tuple[str, ...] = ()
+    if image_size is not None and images.shape[1:] != (image_size, image_size):
+        pictures = (fitted(Image.fromarray(one), image_size, image_size) for one in images)
+        images = np.stack([np.asarray(one, np.uint8) for one in pictures])
+        notes = (f"images resized to {image_size}x{image_size} (as asked; option image_size)",)
+    kept = images[:, None]
+    return ImageData("scikit-learn digits", classes, {"train": kept}, {"train": labels}, False, notes)
+
+
+def with_channels(data: ImageData, channels: int | None) -> tuple[ImageData, int]:
+    """``data``, noting what will be done to it, and the number of channels that models get.
+
+    The arrays stay as they are: a grey image is repeated by whoever hands it on.
+
+    Args:
+        channels: None is as many as the images have.
+
+    Raises:
+        UserMistake: a number below 1, or another than that of images which are not grey.
+    """
+    own = data.images["train"].shape[1]
+    if channels is None or channels == own:
+        return data, own
+    if channels < 1:
+        raise UserMistake(f"channels={channels} must be at least 1")
+    if own != 1:
+        raise UserMistake(
+            f"channels={channels}: the images of {data.name!r} have {own}, and only grey ones can be repeated; give "
+            f"a model that takes {own}"
+        )
+    note = f"grey images given as {channels} equal channels (option channels)"
+    return replace(data, notes=(*data.notes, note)), channels
 
 
 def _directory_source(root: Path, columns: Columns) -> Source:

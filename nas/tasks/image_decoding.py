@@ -18,7 +18,7 @@ from nas.errors import UserMistake
 from nas.tasks.cache import ArrayWriter
 from nas.tasks.image_sources.base import Label, Part, Source
 
-__all__ = ["decode_all"]
+__all__ = ["decode_all", "fitted"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,15 @@ def _opened(content: bytes | Image.Image, where: str) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
 
 
+def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image with its shorter side fitted, then the centre cut."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
 def _pixels(image: Image.Image, shape: _Shape) -> NDArray[np.uint8]:
     """(C, H, W) uint8."""
     if shape.resized and image.size != (shape.width, shape.height):
-        image = ImageOps.fit(image, (shape.width, shape.height), Image.Resampling.BICUBIC)
+        image = fitted(image, shape.width, shape.height)
     if shape.channels == 3 and image.mode != "RGB":
         image = image.convert("RGB")
     array = np.asarray(image, np.uint8)
