@@ -76,7 +76,7 @@ def slice_layer(layer: nn.Module, *, inputs: Tensor | None = None, outputs: Tens
         layer.out_channels, layer.in_channels = out, into
 
 
-def slice_norm(norm: nn.Module, index: Tensor) -> None:
+def slice_norm(norm: Any, index: Tensor) -> None:
     """Leave only some channels of a LayerNorm or RMSNorm (of torch or timm) over the last dimension."""
     shape = getattr(norm, "normalized_shape", None)
     if shape is None or len(shape) != 1:
@@ -85,7 +85,7 @@ def slice_norm(norm: nn.Module, index: Tensor) -> None:
         value = getattr(norm, name, None)
         if value is not None:
             setattr(norm, name, sliced(value, index, 0))
-    norm.normalized_shape = (len(index),)  # type: ignore[assignment]
+    norm.normalized_shape = (len(index),)
 
 
 def sliced(value: Any, index: Tensor, dim: int) -> nn.Parameter:

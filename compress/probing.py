@@ -193,10 +193,11 @@ def _random_copy(module: nn.Module, random: torch.Generator) -> Any:
 def _random_call(module: Any, call: Call, random: torch.Generator) -> Call | None:
     first = module.qkv if hasattr(module, "qkv") else module.fc1
     tokens, kind = call.args[0] if call.args else None, first.weight.dtype
-    fits = isinstance(tokens, Tensor) and tokens.dim() > 1
-    if not fits or tokens.shape[_axis(module)] != first.weight.shape[1]:  # type: ignore[union-attr]
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return None
-    drawn = torch.randn(tokens.shape, generator=random).to(kind)  # type: ignore[union-attr]
+    if tokens.shape[_axis(module)] != first.weight.shape[1]:
+        return None
+    drawn = torch.randn(tokens.shape, generator=random).to(kind)
     rest = [_moved(one, kind) for one in call.args[1:]]
     return Call((drawn, *rest), {name: _moved(one, kind) for name, one in call.kwargs.items()})
 

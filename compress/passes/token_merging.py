@@ -9,6 +9,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,9 +151,10 @@ class TokenMerging(Pass):
 
 def _call_blocks_as_a_whole(model: nn.Module) -> None:
     """Without gradient checkpointing, for which timm calls the blocks one by one instead of what holds them."""
+    module: Any
     for module in model.modules():
         if getattr(module, "grad_checkpointing", False) is True:
-            module.grad_checkpointing = False  # type: ignore[assignment]
+            module.grad_checkpointing = False
 
 
 def _require_fewer(model: nn.Module, blocks: TokenMergingBlocks, example: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from nas.errors import UserMistake
 from nas.files import atomic_write_json
@@ -77,7 +77,7 @@ class ReferenceTimes:
     def get(self, digest: str) -> float | None:
         """Milliseconds for the conditions of this digest; None when they were never met or the file is damaged."""
         found = self._read().get(digest)
-        return float(found) if _is_time(found) else None  # type: ignore[arg-type]
+        return float(found) if _is_time(found) else None
 
     def put(self, digest: str, milliseconds: float) -> None:
         """Set the scale for these conditions, for whoever holds the device."""
@@ -118,6 +118,7 @@ def check_scale_file(path: Path) -> None:
         raise UserMistake(f"--scale {path}: is not a file of an earlier --scale; {_GO_ON}")
 
 
-def _is_time(value: object) -> bool:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return plain and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
+def _is_time(value: object) -> TypeGuard[float]:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value > 0

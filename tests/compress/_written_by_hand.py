@@ -112,14 +112,16 @@ class PlainMlp(nn.Module):
         self.fc1, self.act, self.fc2 = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))  # type: ignore[no-any-return]
+        result: Tensor = self.fc2(self.act(self.fc1(x)))
+        return result
 
 
 class NormalisedMlp(PlainMlp):
     """Hidden units that depend on each other, under a name of which nothing is known."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.normalize(self.act(self.fc1(x)), dim=-1))  # type: ignore[no-any-return]
+        result: Tensor = self.fc2(functional.normalize(self.act(self.fc1(x)), dim=-1))
+        return result
 
 
 class DepthwiseMlp(PlainMlp):
@@ -129,7 +131,8 @@ class DepthwiseMlp(PlainMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.mix(self.fc1(x).transpose(1, 2)).transpose(1, 2)
-        return self.fc2(self.act(hidden))  # type: ignore[no-any-return]
+        result: Tensor = self.fc2(self.act(hidden))
+        return result
 
 
 class Block(nn.Module):
@@ -141,7 +144,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         attended = self.attn(self.norm1(x))
         x = x + (attended[0] if isinstance(attended, tuple) else attended)
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
 
 class HandwrittenViT(nn.Module):
@@ -159,7 +163,8 @@ class HandwrittenViT(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 0])  # type: ignore[no-any-return]
+        result: Tensor = self.head(self.norm(x)[:, 0])
+        return result
 
 
 def handwritten(attention: type[Plain] = Classic, mlp: type[PlainMlp] = PlainMlp) -> Any:

@@ -8,7 +8,6 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,10 @@ from nas.latency.identity import Identity, comparable
 from nas.latency.runner import Times as _Times
 from nas.latency.self_test import SelfTest, agreement, self_test
 from nas.latency.statistics import median_interval
+from tests.nas import _runtime_models
+from tests.nas._runtime_models import ONE
 
-ONE = Target.parse("cpu:1")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+_one_thread = _runtime_models.one_thread  # a fixture is found by a name in the module of its tests
 
 
 class Spy(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,10 @@ from torch import nn
 from nas.latency import Options, Target, measure
 from nas.latency.guard import displaced
 from nas.latency.reference import ReferenceTimes, reference_workload
+from tests.nas import _runtime_models
+from tests.nas._runtime_models import ONE
 
-ONE = Target.parse("cpu:1")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+_one_thread = _runtime_models.one_thread  # a fixture is found by a name in the module of its tests
 
 
 def deep(layers: int) -> nn.Module:
