@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.passes import parse_pass
+from compress.passes._laws import Law, number, optional, whole
 from compress.passes.base import Budget, Pass
 from nas.errors import UserMistake, first_line
 from nas.latency import Target
@@ -81,24 +81,25 @@ def check_plain_arguments(
     """Raises UserMistake for the first that is not of its type or out of its range."""
     inputs = example if isinstance(example, (tuple, list)) else (example,)
     laws = {
-        "seed": (seed, _whole(seed) and 0 <= seed < _MOST_SEEDS, "a whole number in [0, 2**32)"),
+        "seed": (seed, Law(lambda x: whole(0).holds(x) and x < _MOST_SEEDS, "a whole number in [0, 2**32)")),
         "epochs": (
             epochs,
-            epochs is None or (_whole(epochs) and epochs >= 0),
-            "a whole number of at least 0, or None to leave it to each pass",
+            Law(optional(whole(0)).holds, "a whole number of at least 0, or None: as each pass says"),
         ),
         "measure_seconds": (
             measure_seconds,
-            _number(measure_seconds) and 0 <= measure_seconds < math.inf,
-            "a number of at least 0; 0 measures nothing",
+            Law(number("at least 0").holds, "a number of at least 0; 0 measures nothing"),
         ),
-        "origin": (origin, origin is None or isinstance(origin, Mapping), "a mapping, see compress.origins"),
-        "loss": (loss, loss is None or callable(loss), "a function of outputs and labels"),
-        "report": (report, report is None or callable(report), "a function of one text"),
+        "origin": (
+            origin,
+            Law(lambda x: x is None or isinstance(x, Mapping), "a mapping, see compress.origins"),
+        ),
+        "loss": (loss, Law(lambda x: x is None or callable(x), "a function of outputs and labels")),
+        "report": (report, Law(lambda x: x is None or callable(x), "a function of one text")),
     }
-    for name, (value, holds, law) in laws.items():
-        if not holds:
-            raise UserMistake(f"{name}={value!r}: must be {law}")
+    for name, (value, law) in laws.items():
+        if not law.holds(value):
+            raise UserMistake(f"{name}={value!r}: must be {law.text}")
     if example is not None and not (inputs and all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs)):
         raise UserMistake("example: must be a tensor with the batch first, or a tuple of such")
     if budget is not None and budget.kind == "latency" and not measure_seconds:
@@ -153,11 +154,3 @@ def _refuse_tied(model: nn.Module, passes: Sequence[Pass]) -> None:
                 f"model: {first} and {name} are one tensor (tied weights), which pass {one.name!r} would tear apart; "
                 "untie them (give each its own copy) first"
             )
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from compress.passes._annotations import as_written, check_types, check_words
+from nas.errors import first_line
 from spaces.errors import UserMistake, nearest
 from spaces.names import Registry
 
@@ -28,7 +29,11 @@ _REGISTRY: Registry[type[Pass]] = Registry("pass", "compress.passes")
 
 
 def register_pass(name: str) -> Callable[[_PassClass], _PassClass]:
-    """Decorator that gives a subclass of ``Pass`` its name. Raises ValueError when another class has it already."""
+    """Decorator that gives a subclass of ``Pass`` its name. Raises ValueError when another class has it already.
+
+    Types of its options are looked at here, by the annotations of its ``__init__``; ranges are its own, as laws of
+    ``compress.passes._laws``.
+    """
 
     def add(cls: _PassClass) -> _PassClass:
         cls.name = name
@@ -67,9 +72,8 @@ def make_pass(name: str, **options: Any) -> Pass:
         given = (
             ", ".join(f"{option}={as_written(value)}" for option, value in options.items()) or "no options"
         )
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserMistake(
-            f"pass {name!r}: cannot be made with {given} ({reason}); its options are {', '.join(allowed) or 'none'}"
+            f"pass {name!r}: cannot be made with {given} ({first_line(error)}); its options are {', '.join(allowed) or 'none'}"
         ) from None
     check_types(cls.__init__, name, options)
     check_words(cls.__init__, name, options)
