@@ -142,7 +142,7 @@ def why_not(module: nn.Module, call: Call, kinds: Collection[str]) -> str | None
         what = " and ".join(sorted(kinds))
         try:
             found = _first(cut(*given.args, **given.kwargs))
-        except Exception as error:
+        except Exception as error:  # likewise
             return f"{about} does not run with fewer {what} ({_told(error)}): {wanted_form}"
     gap = relative_gap(found, wanted)
     if gap <= _EXACT:

@@ -43,7 +43,7 @@ def load_program(path: str) -> Any:
                 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
     except UserMistake:
         raise
-    except Exception as error:
+    except Exception as error:  # damaged archives make torch raise nearly anything
         raise UserMistake(f"model {path!r}: torch.export cannot load it: {cause_of(error)}") from error
 
 

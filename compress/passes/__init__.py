@@ -65,7 +65,9 @@ def make_pass(name: str, **options: Any) -> Pass:
         made = cls(**options)
     except UserMistake:
         raise  # what the pass itself has to say is the most exact
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # a wrong type may raise anything; what is of the right types is raised again below
         check_types(cls.__init__, name, options)
         if not isinstance(error, (TypeError, ValueError)):
             raise
@@ -73,7 +75,8 @@ def make_pass(name: str, **options: Any) -> Pass:
             ", ".join(f"{option}={as_written(value)}" for option, value in options.items()) or "no options"
         )
         raise UserMistake(
-            f"pass {name!r}: cannot be made with {given} ({first_line(error)}); its options are {', '.join(allowed) or 'none'}"
+            f"pass {name!r}: cannot be made with {given} ({first_line(error)}); its options are "
+            f"{', '.join(allowed) or 'none'}"
         ) from None
     check_types(cls.__init__, name, options)
     check_words(cls.__init__, name, options)
