@@ -65,9 +65,7 @@ def make_pass(name: str, **options: Any) -> Pass:
         made = cls(**options)
     except UserMistake:
         raise  # what the pass itself has to say is the most exact
-    except (
-        Exception
-    ) as error:  # a wrong type may raise anything; what is of the right types is raised again below
+    except Exception as error:  # a wrong type may raise anything
         check_types(cls.__init__, name, options)
         if not isinstance(error, (TypeError, ValueError)):
             raise
