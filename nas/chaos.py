@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nas.config import SearchConfig
 from nas.reader import read_run
 from nas.storage import local_file
 from nas.study import StoredTrial
@@ -206,9 +207,7 @@ class Chaos:
         try:
             # Short lives are as frequent as long ones: half of the moments worth dying at are in the first second.
             self._live(driver, math.exp(self._rng.uniform(math.log(0.05), math.log(_LONGEST_LIFE))))
-            while self._rng.random() < 0.2:
-                self._kill_a_candidate(driver)
-                self._live(driver, self._rng.uniform(0.0, 1.0))
+            self._kill_candidates(driver)
             if driver.poll() is None and self._rng.random() < 0.1:
                 driver.send_signal(self._rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
                 self._live(driver, self._rng.uniform(0.0, 0.5), may_end=True)
@@ -228,6 +227,15 @@ class Chaos:
                 self.count.blame(
                     "unreadable", f"the driver ended with code {driver.returncode}: {_last_line(text)}"
                 )
+
+    def _kill_candidates(self, driver: subprocess.Popen[str]) -> None:
+        # As many kills in one driver's life as it tries a candidate again: one more, all of them on the same candidate,
+        # would rightly be that candidate's end, and not a loss.
+        for _ in range(SearchConfig.model_fields["retries"].default):
+            if self._rng.random() >= 0.2:
+                return
+            self._kill_a_candidate(driver)
+            self._live(driver, self._rng.uniform(0.0, 1.0))
 
     def _kill_a_candidate(self, driver: subprocess.Popen[str]) -> None:
         import psutil

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 
 from nas.chaos import SPACE, Chaos, Count, evaluate, true_values
 from nas.cli.main import main
+from nas.config import SearchConfig
 from nas.records import StoredTrial, TrialResult
 
 
@@ -23,6 +27,15 @@ def stored(number: int, seed: int, state: str = "complete") -> StoredTrial:
     values = true_values(architecture)
     failure = None if state == "complete" else {"kind": "error", "reason": "?", "log_tail": ""}
     return trial.finished(TrialResult(state, values=values if state == "complete" else {}, failure=failure))
+
+
+FAMILY = """
+import subprocess, sys, time
+children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(5)]
+print("born", flush=True)
+time.sleep(60)
+"""
+"""A process with more children than any candidate has lives."""
 
 
 @pytest.fixture
@@ -101,6 +114,23 @@ def test_orphans_and_leftovers_are_in_the_line() -> None:
     count.blame("orphans", "processes [7]")
     count.blame("leftovers", "x.tmp")
     assert count.line() == "kills 4, lost 0, duplicated 0, unreadable 0, orphans 1, leftovers 1"
+
+
+def test_candidates_are_not_killed_until_they_are_given_up(
+    chaos: Chaos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad_luck = iter([0.0] * 20 + [1.0])
+    monkeypatch.setattr(chaos._rng, "random", lambda: next(bad_luck))
+    with subprocess.Popen(
+        [sys.executable, "-c", FAMILY], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as family:
+        try:
+            assert family.stdout is not None
+            family.stdout.readline()
+            chaos._kill_candidates(family)
+        finally:
+            os.killpg(family.pid, signal.SIGKILL)
+    assert chaos.count.candidate_kills == SearchConfig(space="nas.chaos:SPACE").retries
 
 
 def test_evaluations_leave_marks_and_tell_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
