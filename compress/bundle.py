@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from nas.environment import describe_environment
-from nas.errors import RunStopped, UserMistake, first_line
 from nas.files import atomic_write_json, sha256_file
 from nas.latency import Target
-from nas.latency.runtimes.base import twin
+from nas.onnx_file import check_onnx, float_types, in_float32, write_onnx
 
 if TYPE_CHECKING:
     from compress.result import CompressionResult
 
-__all__ = ["check_onnx", "in_float32", "write_bundle", "write_onnx"]
+__all__ = ["write_bundle"]
 
-BATCHES = (1, 7)
-_TOLERANCE = 1e-3
 _SECONDS = 5.0
 
 
@@ -54,7 +47,7 @@ def write_bundle(result: CompressionResult, out: Path) -> Path:
         card["onnx"] = {
             "sha256": sha256_file(onnx),
             "dtype": "float32",
-            "model_dtypes": _dtypes(result.model),
+            "model_dtypes": float_types(result.model),
             "compared_with": "the model in float32",
             "largest_difference": {str(batch): gap for batch, gap in gaps.items()},
         }
@@ -63,86 +56,6 @@ def write_bundle(result: CompressionResult, out: Path) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # after the rename this name is gone
     return out
-
-
-def write_onnx(model: nn.Module, example: tuple[torch.Tensor, ...], directory: Path) -> Path:
-    """``directory/model.onnx``, in float32, with a batch of any size; inputs are ``input_0``, ``input_1``, ..."""
-    from nas.errors import TrialFailure
-    from nas.latency.runtimes.onnx_export import export_onnx
-
-    try:
-        import onnx  # noqa: F401
-    except ImportError:
-        raise UserMistake(
-            "export: ONNX needs onnx and onnxruntime; pip install 'nas-toolkit[export]'"
-        ) from None
-    # Two sizes, so that the exporter sees which dimension may change; 1 it would take for a constant.
-    sets: Any = [tuple(x.expand(batch, *x.shape[1:]).clone() for x in example) for batch in (2, 3)]
-    try:
-        found = export_onnx(model, sets, Target.parse("cpu:1+onnxruntime"), torch.float32, directory)
-    except TrialFailure as failure:
-        raise RunStopped(f"export: {failure.reason}") from None
-    return found.path
-
-
-def in_float32(
-    model: nn.Module, example: tuple[torch.Tensor, ...]
-) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    """Model and inputs with their floating-point numbers in float32; the model itself where it has no others.
-
-    Raises RunStopped when the model does not run in float32.
-    """
-    given = tuple(x.float() if x.is_floating_point() else x for x in example)
-    if set(_dtypes(model)) <= {"float32"}:
-        return model, given
-    plain = twin(model, torch.float32, "cpu", channels_last=False)
-    try:
-        with torch.no_grad():
-            plain(*given)
-    except Exception as error:  # the model is anybody's
-        raise RunStopped(
-            f"export: the file is written in float32, and {type(model).__name__}, of {', '.join(_dtypes(model))}, "
-            f"does not run in it ({first_line(error, 150)}); take away the types that its forward names"
-        ) from None
-    return plain, given
-
-
-def check_onnx(path: Path, model: nn.Module, example: tuple[torch.Tensor, ...]) -> dict[int, float]:
-    """Batch -> largest difference between onnxruntime and the model in float32, relative to the size of the outputs.
-
-    Raises RunStopped when one is above 1e-3, UserMistake when onnxruntime is missing.
-    """
-    try:
-        onnxruntime: Any = importlib.import_module("onnxruntime")
-    except ImportError:
-        raise UserMistake("export: checking needs onnxruntime; pip install 'nas-toolkit[export]'") from None
-    model, example = in_float32(model, example)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    generator, gaps = torch.Generator().manual_seed(0), {}
-    for batch in BATCHES:
-        inputs = tuple(_varied(x, batch, generator) for x in example)
-        with torch.no_grad():
-            outputs = model(*inputs)
-        wanted = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-        given = {f"input_{number}": x.numpy() for number, x in enumerate(inputs)}
-        names = {one.name for one in session.get_inputs()}
-        try:
-            found = torch.from_numpy(session.run(None, {k: v for k, v in given.items() if k in names})[0])
-        except Exception as error:  # onnxruntime raises its own kinds, of a compiled module
-            reason = first_line(error, 200)
-            raise RunStopped(f"export: onnxruntime cannot run the file at batch {batch}: {reason}") from None
-        if found.shape != wanted.shape:
-            raise RunStopped(
-                f"export: onnxruntime gives {tuple(found.shape)} at batch {batch}, not {tuple(wanted.shape)}"
-            )
-        gaps[batch] = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        if not gaps[batch] <= _TOLERANCE:
-            raise RunStopped(
-                f"export: at batch {batch} onnxruntime differs from the model by {gaps[batch]:.2g}"
-            )
-    return gaps
 
 
 def latency_card(result: CompressionResult) -> dict[str, Any]:
@@ -171,16 +84,3 @@ def latency_card(result: CompressionResult) -> dict[str, Any]:
         "input": [list(x.shape[1:]) for x in result.example],
         "environment": environment,
     }
-
-
-def _dtypes(model: nn.Module) -> list[str]:
-    """Of its floating-point parameters and buffers, sorted."""
-    tensors = (*model.parameters(), *model.buffers())
-    return sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x.is_floating_point()})
-
-
-def _varied(x: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:
-    many = x.expand(batch, *x.shape[1:]).clone()
-    if many.is_floating_point():
-        many += 0.1 * torch.randn(many.shape, generator=generator)
-    return many

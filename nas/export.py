@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nas.reader import ReadRun
     from nas.study import StoredTrial
 
-__all__ = ["best_trial", "export_trial", "load_model"]
+__all__ = ["best_trial", "export_trial", "load_model", "write_checked_onnx"]
 
 FORMAT = 1
 
@@ -35,12 +35,23 @@ def best_trial(run: ReadRun) -> StoredTrial:
     return run.trial(pick(front, key=lambda row: row.values[name]).number)
 
 
-def export_trial(run: ReadRun, trial: StoredTrial, out: Path) -> Path:
+def export_trial(run: ReadRun, trial: StoredTrial, out: Path, *, onnx: bool = False) -> Path:
     """Write ``weights.safetensors`` and a sealed ``architecture.json`` of a trained trial into ``out``.
 
     The exported weights are loaded back into a model built from the written architecture before this returns.
-    Raises UserMistake when the trial was not trained to the end or its weights were not kept, CorruptFile when
-    they are damaged.
+
+    Args:
+        run, trial: what to export.
+        out: a new or empty directory.
+        onnx: also write ``model.onnx``, in float32, for batches of any size; what onnxruntime makes of it is compared
+            with the model at batch 1 and 7, and the record tells by how much they differ. Sequences have a fixed
+            length, the longest that the model takes; pad shorter ones.
+
+    Raises:
+        UserMistake: the trial was not trained to the end, its weights were not kept, or onnx, onnxscript or
+            onnxruntime is missing.
+        CorruptFile: the weights are damaged.
+        RunStopped: the model cannot be written as ONNX, or onnxruntime computes something else.
     """
     from nas.weights import load_tensors, save_weights
 
@@ -77,11 +88,42 @@ def export_trial(run: ReadRun, trial: StoredTrial, out: Path) -> Path:
     try:
         digest = save_weights(tensors, staging / "weights.safetensors", metadata)
         write_record(staging / "architecture.json", {**described, "weights_sha256": digest})
-        load_model(staging)
+        model = load_model(staging)
+        if onnx:
+            described["onnx"] = write_checked_onnx(model, read_signature(signature, source), staging)
+            write_record(staging / "architecture.json", {**described, "weights_sha256": digest})
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # after the rename this name is gone
     return out
+
+
+def write_checked_onnx(model: nn.Module, signature: Any, directory: Path) -> dict[str, Any]:
+    """Write ``directory/model.onnx``, compare it with the model, and say what it is: JSON for the record.
+
+    Translation is compared with padded sequences too. Raises as ``export_trial``.
+    """
+    import torch
+
+    from nas.files import sha256_file
+    from nas.onnx_file import check_onnx, write_onnx
+    from nas.source_inputs import inputs_of
+
+    draw = inputs_of("the exported model", signature, None)
+    example = draw(1, torch.Generator().manual_seed(0), length=getattr(signature, "max_length", None))
+    path = write_onnx(model, example, directory)
+    gaps = check_onnx(path, model, example)
+    if hasattr(signature, "padding"):
+        padded = tuple(x.clone() for x in example)
+        for x in padded:
+            x[:, x.shape[1] // 2 :] = signature.padding
+        gaps = {batch: max(gaps[batch], gap) for batch, gap in check_onnx(path, model, padded).items()}
+    return {
+        "sha256": sha256_file(path),
+        "dtype": "float32",
+        "inputs": {f"input_{number}": ["batch", *x.shape[1:]] for number, x in enumerate(example)},
+        "largest_difference": {str(batch): gap for batch, gap in gaps.items()},
+    }
 
 
 def load_model(directory: str | Path) -> nn.Module:

@@ -22,6 +22,11 @@ def export(
     ),
     run: Path | None = typer.Option(None, help="Run directory; the newest below runs/ by default."),
     to: Path | None = typer.Option(None, help="New directory for the files (default RUN/export-TRIAL)."),
+    onnx: bool = typer.Option(
+        False,
+        "--onnx",
+        help="Also write model.onnx, for any batch size, compared with the model in onnxruntime.",
+    ),
 ) -> None:
     """Write weights.safetensors and architecture.json; nas.load_model(DIRECTORY) gives the model back."""
     from rich.console import Console
@@ -31,7 +36,7 @@ def export(
 
     found, number = run_and_trial(words or [], run)
     trial = best_trial(found) if number is None else found.trial(number)
-    out = export_trial(found, trial, to or found.directory.path / f"export-{trial.number}")
+    out = export_trial(found, trial, to or found.directory.path / f"export-{trial.number}", onnx=onnx)
     console = Console(highlight=False)
     console.print(
         f"trial {trial.number} exported to {out}; load it with nas.load_model({str(out)!r})",

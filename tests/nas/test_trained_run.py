@@ -10,7 +10,7 @@ import torch
 
 import nas
 from nas.export import export_trial
-from nas.files import CorruptFile, read_record
+from nas.files import CorruptFile, read_record, sha256_file
 from nas.tasks import make_task
 
 SETTINGS = {
@@ -62,6 +62,28 @@ def test_the_exported_model_gives_the_recorded_accuracy(run: Path, tmp_path: Pat
     assert described["architecture"] == trial.architecture
     with pytest.raises(nas.UserMistake, match=r"not an empty directory; give a new one"):
         export_trial(read, trial, tmp_path / "export")
+
+
+def test_the_exported_onnx_file_gives_the_recorded_accuracy(run: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    read = nas.read_run(run)
+    trial = read.trial(0)
+    assert trial.result is not None
+    out = export_trial(read, trial, tmp_path / "export", onnx=True)
+    told = read_record(out / "architecture.json")["onnx"]
+    assert told["sha256"] == sha256_file(out / "model.onnx")
+    assert told["inputs"] == {"input_0": ["batch", 1, 8, 8]}
+    assert max(told["largest_difference"].values()) < 1e-4
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+
+    class Engine(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run(None, {"input_0": image.numpy()})[0])
+
+    task = make_task("image_classification")
+    metrics = task.evaluate(Engine(), "validation", torch.device("cpu"))
+    assert metrics["accuracy"] == pytest.approx(trial.result.values["accuracy"], abs=1e-6)
+    assert isinstance(nas.load_model(out), torch.nn.Module)
 
 
 @pytest.mark.parametrize("name", ["architecture.json", "weights.safetensors"])

@@ -215,7 +215,7 @@ def test_a_fresh_process_without_the_pass(tmp_path: Path) -> None:
 )
 def test_onnxruntime(options: dict[str, Any], tmp_path: Path) -> None:
     """``check_onnx`` compares at batch 1 and 7."""
-    from compress.bundle import check_onnx, write_onnx
+    from nas.onnx_file import check_onnx, write_onnx
 
     pytest.importorskip("onnxruntime")
     made = make_pass("emoe", **ANYWAY, epochs=0, **options).apply(small_vit(), CONTEXT)
