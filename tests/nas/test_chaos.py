@@ -18,6 +18,8 @@ from nas.cli.main import main
 from nas.config import SearchConfig
 from nas.records import StoredTrial, TrialResult
 
+pytestmark = pytest.mark.alone
+
 
 def stored(number: int, seed: int, state: str = "complete") -> StoredTrial:
     architecture = {f"gate{index}": (seed >> index) % 4 for index in range(10)}

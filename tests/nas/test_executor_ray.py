@@ -19,6 +19,8 @@ from nas.executors.ray_files import listing
 from tests.conformance.executor import JOBS, ExecutorConformance, failure_of, value_of
 from tests.nas.ray_jobs import RAY_JOBS, NoHost
 
+pytestmark = pytest.mark.alone
+
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 60.0
 STORE = 100 << 20

@@ -36,6 +36,8 @@ from nas.latency.statistics import median_interval
 from tests.nas import _runtime_models
 from tests.nas._runtime_models import ONE
 
+pytestmark = pytest.mark.alone
+
 _one_thread = _runtime_models.one_thread  # a fixture is found by a name in the module of its tests
 
 

@@ -27,6 +27,8 @@ PRELUDE = """
 import contextlib, os, sys, time
 from pathlib import Path
 from nas.latency.gate import DeviceGate, LeaseLost
+
+pytestmark = pytest.mark.alone
 place = Path(sys.argv[1])
 gate = DeviceGate("cpu", place, stale_after=float(sys.argv[2]))
 def flag(name, text=""):

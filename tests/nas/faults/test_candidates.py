@@ -10,6 +10,8 @@ import pytest
 from nas.study import StoredTrial
 from tests.nas.faults.bench import TOYS, Bench, Zygote
 
+pytestmark = pytest.mark.alone
+
 Expected = dict[str, dict[str, float]]
 EVALUATORS = "tests.nas.faults.evaluators"
 

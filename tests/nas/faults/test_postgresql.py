@@ -17,7 +17,7 @@ from nas.study import StoredTrial
 from tests.nas.faults.bench import TOYS, Bench, wait_until
 from tests.nas.faults.postgresql import Server, start_server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")

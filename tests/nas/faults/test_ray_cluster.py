@@ -26,7 +26,7 @@ from tests.nas.ray_jobs import RAY_JOBS, SlowHost
 ROOT = Path(__file__).parents[3]
 PATIENCE = 60.0
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 NewCluster = Callable[..., Any]
 

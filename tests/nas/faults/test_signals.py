@@ -10,6 +10,8 @@ import pytest
 
 from tests.nas.faults.bench import Bench, Driver, Zygote, wait_until
 
+pytestmark = pytest.mark.alone
+
 Expected = dict[str, dict[str, float]]
 EVALUATORS = "tests.nas.faults.evaluators"
 
