@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.structure import StructureError
+from spaces.layers._slicing import slice_weights, sliced
 
 __all__ = ["cut_channels", "cut_heads", "cut_hidden", "head_dim", "slice_layer", "slice_norm", "sliced"]
 
@@ -63,17 +64,7 @@ def slice_layer(layer: nn.Module, *, inputs: Tensor | None = None, outputs: Tens
         raise StructureError(
             f"{type(layer).__name__}: only nn.Linear and nn.Conv2d without groups can be cut"
         )
-    if outputs is not None:
-        layer.weight = sliced(layer.weight, outputs, 0)
-        if layer.bias is not None:
-            layer.bias = sliced(layer.bias, outputs, 0)
-    if inputs is not None:
-        layer.weight = sliced(layer.weight, inputs, 1)
-    out, into = int(layer.weight.shape[0]), int(layer.weight.shape[1])
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = out, into
-    else:
-        layer.out_channels, layer.in_channels = out, into
+    slice_weights(layer, inputs=inputs, outputs=outputs)
 
 
 def slice_norm(norm: Any, index: Tensor) -> None:
@@ -86,12 +77,6 @@ def slice_norm(norm: Any, index: Tensor) -> None:
         if value is not None:
             setattr(norm, name, sliced(value, index, 0))
     norm.normalized_shape = (len(index),)
-
-
-def sliced(value: Any, index: Tensor, dim: int) -> nn.Parameter:
-    """A parameter of the entries ``index`` along ``dim``; frozen where ``value`` is."""
-    chosen = value.detach().index_select(dim, index.to(value.device)).clone()
-    return nn.Parameter(chosen, requires_grad=value.requires_grad)
 
 
 def _tell_sizes(attention: Any, heads: int, dim: int) -> None:

@@ -26,10 +26,24 @@ from compress.outputs import relative_gap, require_same
 from compress.structure import StructureError
 from nas.errors import first_line
 
-__all__ = ["Call", "Fitted", "fit", "is_known", "require_fit", "require_runs", "why_not"]
+__all__ = [
+    "EXACT",
+    "Call",
+    "Fitted",
+    "calls_of",
+    "first_of",
+    "fit",
+    "is_known",
+    "moved",
+    "own_random",
+    "require_fit",
+    "require_runs",
+    "told_of",
+    "why_not",
+]
 
 _KNOWN = (Attention, WindowAttention, Mlp, ConvMlp)
-_EXACT = 1e-3
+EXACT = 1e-3
 _TOKENS = 5
 _DROPOUTS = {"attn_drop": "attn_drop", "proj_drop": "proj_drop"}
 _WANTED = {
@@ -74,7 +88,7 @@ def fit(
     unknown = [name for name in (*attentions, *mlps) if not is_known(model.get_submodule(name))]
     if not unknown:
         return Fitted((), {})
-    before, calls = copy.deepcopy(model), _calls_of(model, unknown, example)
+    before, calls = copy.deepcopy(model), calls_of(model, unknown, example)
     replaced, reasons = [], {}
     for name in unknown:
         module = model.get_submodule(name)
@@ -107,11 +121,11 @@ def require_runs(model: nn.Module, example: Sequence[Tensor], what: str) -> None
     """Raises StructureError where ``model``, from which ``what`` was taken, does not run on ``example`` any more."""
     try:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with torch.no_grad(), _own_random():
+        with torch.no_grad(), own_random():
             copy.deepcopy(model).eval()(*(x.to(device) for x in example))
     except Exception as error:  # the model is anybody's
         raise StructureError(
-            f"{type(model).__name__} does not run with fewer {what} ({_told(error)})"
+            f"{type(model).__name__} does not run with fewer {what} ({told_of(error)})"
         ) from error
 
 
@@ -129,23 +143,23 @@ def why_not(module: nn.Module, call: Call, kinds: Collection[str]) -> str | None
     if given is None:
         return f"{about} is not called with its tokens as the first argument, so that a cut cannot be tried"
     zeroed, cut = full, copy.deepcopy(full)
-    with torch.no_grad(), _own_random():
+    with torch.no_grad(), own_random():
         index = (_cut_attention if attention else _cut_mlp)(zeroed, cut, kinds, random)
         try:
-            wanted = _first(zeroed(*given.args, **given.kwargs))
+            wanted = first_of(zeroed(*given.args, **given.kwargs))
         except Exception as error:  # its forward is anybody's
-            return f"{about} cannot be tried alone ({_told(error)})"
+            return f"{about} cannot be tried alone ({told_of(error)})"
         axis = _axis(module)
         if index is not None:
             narrow = given.args[0].index_select(axis, index)
             given, wanted = Call((narrow, *given.args[1:]), given.kwargs), wanted.index_select(axis, index)
         what = " and ".join(sorted(kinds))
         try:
-            found = _first(cut(*given.args, **given.kwargs))
+            found = first_of(cut(*given.args, **given.kwargs))
         except Exception as error:  # likewise
-            return f"{about} does not run with fewer {what} ({_told(error)}): {wanted_form}"
+            return f"{about} does not run with fewer {what} ({told_of(error)}): {wanted_form}"
     gap = relative_gap(found, wanted)
-    if gap <= _EXACT:
+    if gap <= EXACT:
         return None
     return f"{about} gives something else with fewer {what} than with these at zero (by {gap:.2g}): {wanted_form}"
 
@@ -155,7 +169,7 @@ def is_known(module: nn.Module) -> bool:
     return type(module) in _KNOWN or type(module).__module__.startswith("spaces.")
 
 
-def _calls_of(model: nn.Module, names: Sequence[str], example: Sequence[Tensor]) -> dict[str, Call]:
+def calls_of(model: nn.Module, names: Sequence[str], example: Sequence[Tensor]) -> dict[str, Call]:
     """The first call of each module in a run of ``model``; those that are not called are left out."""
     scratch, found = copy.deepcopy(model).eval(), dict[str, Call]()
 
@@ -165,7 +179,7 @@ def _calls_of(model: nn.Module, names: Sequence[str], example: Sequence[Tensor])
     for name in names:
         scratch.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
     device = next(scratch.parameters()).device
-    with torch.no_grad(), _own_random():
+    with torch.no_grad(), own_random():
         scratch(*(x.to(device) for x in example))
     return found
 
@@ -198,11 +212,12 @@ def _random_call(module: Any, call: Call, random: torch.Generator) -> Call | Non
     if tokens.shape[_axis(module)] != first.weight.shape[1]:
         return None
     drawn = torch.randn(tokens.shape, generator=random).to(kind)
-    rest = [_moved(one, kind) for one in call.args[1:]]
-    return Call((drawn, *rest), {name: _moved(one, kind) for name, one in call.kwargs.items()})
+    rest = [moved(one, kind) for one in call.args[1:]]
+    return Call((drawn, *rest), {name: moved(one, kind) for name, one in call.kwargs.items()})
 
 
-def _moved(value: Any, kind: torch.dtype) -> Any:
+def moved(value: Any, kind: torch.dtype) -> Any:
+    """On the CPU where it is a tensor, as ``kind`` where it holds fractions."""
     if not isinstance(value, Tensor):
         return value
     return value.cpu().to(kind) if value.is_floating_point() else value.cpu()
@@ -284,7 +299,7 @@ def _plain_attention(module: Any, call: Call) -> Attention | None:
     if given is None:
         return None
     for order in _orders(int(module.num_heads), head_dim(module)):
-        with torch.no_grad(), _own_random():
+        with torch.no_grad(), own_random():
             if _same(_as_timm(tried, order, drops), tried, given):
                 return _as_timm(module, order, drops)
     return None
@@ -344,19 +359,21 @@ def _same(plain: nn.Module, module: nn.Module, given: Call) -> bool:
                 outputs.append(one(*given.args, **given.kwargs))
             except Exception:  # its forward is anybody's; only equals are wanted here
                 return False
-        if not relative_gap(*outputs) <= _EXACT / 10:
+        if not relative_gap(*outputs) <= EXACT / 10:
             return False
     return True
 
 
-def _first(outputs: Any) -> Any:
+def first_of(outputs: Any) -> Any:
     """Of an attention that hands out its weights too."""
     return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
 
 
-def _own_random() -> AbstractContextManager[None]:
+def own_random() -> AbstractContextManager[None]:
+    """What is drawn within leaves the global generator where it was."""
     return torch.random.fork_rng([])
 
 
-def _told(error: Exception) -> str:
+def told_of(error: Exception) -> str:
+    """Kind and first line, for a message."""
     return f"{type(error).__name__}: {first_line(error, 120)}"

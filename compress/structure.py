@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from nas.errors import UserMistake
+from spaces.attention.base import Attention
 
-__all__ = ["Block", "Mlp", "StructureError", "ViTStructure", "find_mlps", "recognise"]
+__all__ = ["Block", "Heads", "Mlp", "StructureError", "ViTStructure", "find_heads", "find_mlps", "recognise"]
 
 Projection = nn.Linear | nn.Conv2d
 
@@ -34,6 +35,19 @@ class Mlp:
     def hidden(self) -> int:
         """Number of hidden units."""
         return int(self.fc1.weight.shape[0])
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention mechanism of ``spaces.attention``, which knows itself how they are laid out."""
+
+    name: str
+    attention: Attention
+
+    @property
+    def num_heads(self) -> int:
+        """Heads, at present."""
+        return self.attention.num_heads
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,19 @@ def find_mlps(model: nn.Module) -> tuple[Mlp, ...]:
         for name, module in model.named_modules()
         if (mlp := _mlp_or_reason(name, module)) and isinstance(mlp, Mlp)
     )
+
+
+def find_heads(model: nn.Module) -> tuple[Heads, ...]:
+    """Every attention mechanism of ``spaces.attention``, in any model; of one within another only the outer one.
+
+    Whether it can lose heads, ``compress._probing_heads`` finds out.
+    """
+    found: list[Heads] = []
+    for name, module in model.named_modules():
+        inner = found and (not found[-1].name or name.startswith(f"{found[-1].name}."))
+        if isinstance(module, Attention) and not inner:
+            found.append(Heads(name, module))
+    return tuple(found)
 
 
 def _is_passenger(block: nn.Module) -> bool:

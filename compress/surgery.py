@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress._probing_heads import require_heads_fit
 from compress._slicing import cut_channels, cut_heads, cut_hidden, slice_layer, slice_norm, sliced
 from compress.probing import require_fit
-from compress.structure import Block, Mlp, StructureError, ViTStructure, recognise
+from compress.structure import Block, Heads, Mlp, StructureError, ViTStructure, recognise
 from nas.errors import UserMistake
+from spaces.layers._slicing import Index, checked_positions
 
 __all__ = [
     "keep_embedding",
@@ -35,8 +37,6 @@ __all__ = [
     "slice_layer",
     "slice_norm",
 ]
-
-Index = Sequence[int] | Tensor
 
 
 def kernel_multiple(size: int) -> int:
@@ -50,18 +50,27 @@ def kernel_multiple(size: int) -> int:
 def keep_mlp_units(part: Block | Mlp, index: Index, *, probed: bool = False) -> None:
     """Leave only the hidden units ``index`` (positions in [0, hidden), in the order wanted, at least one)."""
     mlp = part.mlp if isinstance(part, Block) else part
-    units = _checked(index, mlp.hidden, f"{mlp.name}: hidden units")
+    units = checked_positions(index, mlp.hidden, f"{mlp.name}: hidden units")
     if not probed:
         require_fit(mlp.module, mlp.name, {"hidden"})
     cut_hidden(mlp.module, units)
 
 
-def keep_heads(block: Block, index: Index, *, probed: bool = False) -> None:
-    """Leave only the heads ``index`` (positions in [0, num_heads), at least one)."""
-    heads = _checked(index, block.num_heads, f"{block.name}: heads")
+def keep_heads(part: Block | Heads, index: Index, *, probed: bool = False) -> None:
+    """Leave only the heads ``index`` (positions in [0, num_heads), at least one).
+
+    Raises:
+        StructureError: an attention that cannot lose heads, or not exactly.
+    """
+    heads = checked_positions(index, part.num_heads, f"{part.name}: heads")
+    if isinstance(part, Heads):
+        if not probed:
+            require_heads_fit(part)
+        part.attention.keep_heads(heads)
+        return
     if not probed:
-        require_fit(block.attention, f"{block.name}.attn", {"heads"})
-    cut_heads(block.attention, heads)
+        require_fit(part.attention, f"{part.name}.attn", {"heads"})
+    cut_heads(part.attention, heads)
 
 
 def keep_head_channels(
@@ -102,7 +111,7 @@ def keep_embedding(structure: ViTStructure, index: Index, *, probed: bool = Fals
     Norms over the embedding then take their statistics from the channels that remain.
     """
     model: Any = structure.model
-    kept = _checked(index, structure.width, "embedding channels")
+    kept = checked_positions(index, structure.width, "embedding channels")
     for block in () if probed else structure.blocks:
         require_fit(block.attention, f"{block.name}.attn", {"embedding"})
         require_fit(block.mlp.module, block.mlp.name, {"embedding"})
@@ -169,22 +178,10 @@ def _per_head(block: Block, index: Index | Sequence[Index]) -> Tensor:
     first = index[0] if len(index) else 0
     several = (isinstance(first, Tensor) and first.dim() == 1) or (not isinstance(first, (int, Tensor)))
     lists: Iterable[Any] = index if several else [index] * block.num_heads
-    rows = [_checked(one, block.head_dim, f"{block.name}: channels of a head") for one in lists]
+    rows = [checked_positions(one, block.head_dim, f"{block.name}: channels of a head") for one in lists]
     if len(rows) != block.num_heads or len({len(row) for row in rows}) != 1:
         raise UserMistake(
             f"{block.name}: give channels for each of the {block.num_heads} heads, as many for each, not "
             f"{[len(row) for row in rows]}"
         )
     return torch.stack(rows)
-
-
-def _checked(index: Index, size: int, what: str) -> Tensor:
-    chosen = torch.as_tensor(index).detach().cpu()
-    if chosen.dtype == torch.bool and chosen.shape == (size,):
-        chosen = chosen.nonzero().flatten()
-    if chosen.dim() != 1 or chosen.is_floating_point() or not len(chosen):
-        raise UserMistake(f"{what}: give a non-empty list of positions to keep")
-    chosen = chosen.long()
-    if int(chosen.min()) < 0 or int(chosen.max()) >= size or len(chosen.unique()) != len(chosen):
-        raise UserMistake(f"{what}: positions must be in [0, {size}), each once")
-    return chosen

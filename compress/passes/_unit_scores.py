@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from compress.data import answer
 from compress.passes.base import Context, PassFailed, batches_of
-from compress.structure import Block, Mlp, ViTStructure
+from compress.structure import Block, Heads, Mlp, ViTStructure
+from spaces.attention.base import Attention
 
 __all__ = ["Criterion", "Scorer", "taylor_gradients"]
 
@@ -40,9 +41,11 @@ class Scorer:
             return self._taylor(lambda change: _inputs(change(mlp.fc2.weight)))
         return self._size([_rows(mlp.fc1), _columns(mlp.fc2)])
 
-    def heads(self, block: Block) -> Tensor:
+    def heads(self, part: Block | Heads) -> Tensor:
         """(heads,)"""
-        heads = block.num_heads
+        if isinstance(part, Heads):
+            return self._of_mechanism(part.attention)
+        block, heads = part, part.num_heads
         if self._criterion == "taylor":
             return self._taylor(lambda change: change(block.proj.weight).sum(0).reshape(heads, -1).sum(1))
         q, k, v = _rows(block.qkv).reshape(3, heads, -1)
@@ -80,6 +83,17 @@ class Scorer:
             )
         writers = [structure.embedding, *(part for b in structure.blocks for part in (b.proj, b.mlp.fc2))]
         return self._size([*(_columns(one) for one in readers), *(_rows(one) for one in writers)])
+
+    def _of_mechanism(self, attention: Attention) -> Tensor:
+        if attention.num_heads == 1:  # it stays, whatever it is worth, and need not be one that could go
+            return torch.ones(1, device=next(attention.parameters()).device)
+        columns = attention.head_columns()
+        reader: Any = attention.out_proj
+        if self._criterion == "taylor":
+            return self._taylor(lambda change: change(reader.weight).sum(0)[columns].sum(1))
+        # (parts, H, D, everything that makes a channel) -> (H, all of it)
+        made = [_rows(layer)[rows].transpose(0, 1).flatten(1) for layer, rows in attention.head_maps()]
+        return self._size([*made, _columns(reader)[columns].flatten(1)])
 
     def _size(self, parts: Sequence[Tensor]) -> Tensor:
         """Each part (units, n); the norm over all of a unit's weights."""

@@ -6,8 +6,9 @@ Of its pruners all that can mask whole units are offered. Not offered: ``LevelPr
 that nothing can be taken out, and the schedules ``LinearPruner`` and ``AGPPruner``, which repeat one of the others.
 
 What NNI masks for a unit: a hidden unit is a row of ``mlp.fc1`` with its bias, NNI's own default for a Linear; a head
-is the block of columns of ``attn.proj`` that reads it, because in one fused ``qkv`` NNI would judge the query, the key
-and the value of a head apart. Removing a unit equals masking it (for the MLP: where the activation of 0 is 0).
+is the block of columns of ``attn.proj`` (``out_proj``) that reads it, because in one fused ``qkv`` NNI would judge the
+query, the key and the value of a head apart. Removing a unit equals masking it (for the MLP: where the activation of 0
+is 0).
 """
 
 from __future__ import annotations
@@ -15,16 +16,26 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from compress._probing_heads import why_heads_stay
 from compress.data import answer
 from compress.finetune import epochs_of, finetune
 from compress.passes import register_pass
 from compress.passes.base import Context, Pass, PassFailed, batches_of
-from compress.structure import ViTStructure, recognise
+from compress.structure import (
+    Block,
+    Heads,
+    Mlp,
+    StructureError,
+    ViTStructure,
+    find_heads,
+    find_mlps,
+    recognise,
+)
 from compress.surgery import keep_heads, keep_mlp_units
 from nas.errors import UserMistake, nearest
 from nas.nni_import import nni_module
@@ -108,7 +119,7 @@ class NniPruning(Pass):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """See ``Pass.apply``."""
-        recognise(model)
+        _require_fit(model, self.units, context)
         # The numbers that remain do not depend on which ones they are.
         pruner: Pruner = "l1" if context.probe else self.pruner
         trained, masks = masks_by_nni(
@@ -123,7 +134,7 @@ class NniPruning(Pass):
         result = copy.deepcopy(model).eval()
         if trained is not None:
             result.load_state_dict(trained)
-        _remove(recognise(result), masks)
+        _remove(_parts(result), masks)
         finetune(
             result,
             context,
@@ -156,9 +167,8 @@ def masks_by_nni(
     pruning = _from_nni("compression.pruning")
     # NNI puts wrappers into the modules and buffers in place of their parameters: nothing of this copy is kept.
     scratch = copy.deepcopy(model).requires_grad_(True)
-    structure = recognise(scratch)
     make = getattr(pruning, PRUNERS[pruner])
-    config = _config(structure, units, ratio)
+    config = _config(_parts(scratch), units, ratio)
     if pruner in ("l1", "l2", "fpgm"):
         return None, _on_cpu(make(scratch, config).compress()[1])
     scratch.to(context.device).train(pruner in _LEARNING)
@@ -184,26 +194,74 @@ def _from_nni(name: str) -> Any:
     return nni_module(name, "pass 'nni'", "pass 'structured'")
 
 
-def _config(structure: ViTStructure, units: Sequence[str], ratio: float) -> list[dict[str, Any]]:
-    """NNI's list of what to mask, and in which blocks."""
-    found: list[dict[str, Any]] = []
-    for block in structure.blocks:
-        if "mlp" in units:
-            found.append({"op_names": [f"{block.mlp.name}.fc1"], "sparse_ratio": float(ratio)})
-        if "heads" in units:
-            found.append(
-                {
-                    "op_names": [_proj_name(block.name)],
-                    "target_names": ["weight"],
-                    "granularity": [-1, block.head_dim],
-                    "sparse_ratio": float(ratio),
-                }
+class _Parts(NamedTuple):
+    """What of a model can lose units: attentions of several heads, and MLPs."""
+
+    attentions: tuple[Block | Heads, ...]
+    mlps: tuple[Mlp, ...]
+
+
+def _parts(model: nn.Module) -> _Parts:
+    """Those of a plain ViT, or of a network whose attentions are mechanisms of ``spaces.attention``.
+
+    Raises:
+        StructureError: it is neither.
+    """
+    try:
+        return _of_vit(recognise(model))
+    except StructureError:
+        if not (found := find_heads(model)):
+            raise
+        return _Parts(tuple(one for one in found if one.num_heads > 1), find_mlps(model))
+
+
+def _of_vit(structure: ViTStructure) -> _Parts:
+    return _Parts(structure.blocks, tuple(block.mlp for block in structure.blocks))
+
+
+def _require_fit(model: nn.Module, units: Sequence[str], context: Context) -> None:
+    """Raises StructureError where mechanisms of attention cannot lose heads exactly, or not those that NNI masks."""
+    mechanisms = [one for one in _parts(model).attentions if isinstance(one, Heads)]
+    if "heads" not in units or not mechanisms:
+        return
+    for name, reason in why_heads_stay(model, mechanisms, context.example).items():
+        raise StructureError(f"{type(model).__name__}: {name} {reason}; units=mlp alone asks for less")
+    for one in mechanisms:
+        columns = one.attention.head_columns()
+        if not torch.equal(columns.flatten(), torch.arange(columns.numel())):
+            raise StructureError(
+                f"{type(model).__name__}: {one.name} does not read its heads one behind the other, as NNI masks them; "
+                "use pass 'structured'"
             )
+
+
+def _config(parts: _Parts, units: Sequence[str], ratio: float) -> list[dict[str, Any]]:
+    """NNI's list of what to mask, and in which layers."""
+    found: list[dict[str, Any]] = []
+    if "mlp" in units:
+        found += [{"op_names": [f"{mlp.name}.fc1"], "sparse_ratio": float(ratio)} for mlp in parts.mlps]
+    for one in parts.attentions if "heads" in units else ():
+        found.append(
+            {
+                "op_names": [_reader_name(one)],
+                "target_names": ["weight"],
+                "granularity": [-1, _head_width(one)],
+                "sparse_ratio": float(ratio),
+            }
+        )
     return found
 
 
-def _proj_name(block: str) -> str:
-    return f"{block}.attn.proj"
+def _reader_name(part: Block | Heads) -> str:
+    """Of the layer that reads the heads."""
+    if isinstance(part, Block):
+        return f"{part.name}.attn.proj"
+    return f"{part.name}.out_proj" if part.name else "out_proj"
+
+
+def _head_width(part: Block | Heads) -> int:
+    """Columns of that layer that read one head."""
+    return part.head_dim if isinstance(part, Block) else part.attention.head_columns().shape[1]
 
 
 def _evaluator(model: nn.Module, context: Context, learning_rate: float) -> Any:
@@ -264,11 +322,13 @@ def _on_cpu(masks: Mapping[str, Mapping[str, Tensor | None]]) -> Masks:
     }
 
 
-def _remove(structure: ViTStructure, masks: Masks) -> None:
+def _remove(found: ViTStructure | _Parts, masks: Masks) -> None:
     """Take out every unit whose weights are masked as a whole."""
-    for block in structure.blocks:
-        if (found := masks.get(f"{block.mlp.name}.fc1")) is not None:
-            keep_mlp_units(block, found["weight"].flatten(1).any(1).nonzero().flatten())
-        if (found := masks.get(_proj_name(block.name))) is not None:
-            by_head = found["weight"].reshape(-1, block.num_heads, block.head_dim)
-            keep_heads(block, by_head.transpose(0, 1).flatten(1).any(1).nonzero().flatten())
+    parts = _of_vit(found) if isinstance(found, ViTStructure) else found
+    for mlp in parts.mlps:
+        if (mask := masks.get(f"{mlp.name}.fc1")) is not None:
+            keep_mlp_units(mlp, mask["weight"].flatten(1).any(1).nonzero().flatten())
+    for one in parts.attentions:
+        if (mask := masks.get(_reader_name(one))) is not None:
+            by_head = mask["weight"].reshape(-1, one.num_heads, _head_width(one))
+            keep_heads(one, by_head.transpose(0, 1).flatten(1).any(1).nonzero().flatten())

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from compress._probing_heads import why_heads_stay
 from compress.finetune import epochs_of, finetune, require_trainable
 from compress.passes import register_pass
 from compress.passes._laws import FLAG, check_options, number, optional, whole, word
 from compress.passes._unit_scores import Criterion, Scorer, taylor_gradients
 from compress.passes.base import Context, Pass
 from compress.probing import fit, require_runs
-from compress.structure import StructureError, ViTStructure, find_mlps, recognise
+from compress.structure import Heads, Mlp, StructureError, find_heads, find_mlps, recognise
 from compress.surgery import (
     keep_embedding,
     keep_head_channels,
@@ -33,6 +34,7 @@ __all__ = ["Structured"]
 Scope = Literal["uniform", "global"]
 
 UNITS = ("heads", "channels", "mlp", "embedding")
+_LOOSE = ("heads", "mlp")
 _STRONGEST = 0.97
 _EPOCHS = 3
 
@@ -58,7 +60,8 @@ class Structured(Pass):
         ratio: share of the units of every kind that goes, in [0, 1).
         criterion: ``l2``, ``l1`` (size of a unit's weights) or ``taylor`` (needs training data).
         units: kinds, of ``heads``, ``channels`` (of each head), ``mlp`` (hidden units), ``embedding``; a list, or a
-            text such as ``channels+mlp``. ``mlp`` alone also works on models that are no plain ViT (Swin, ConvNeXt).
+            text such as ``channels+mlp``. On models that are no plain ViT ``mlp`` alone works (Swin, ConvNeXt), and
+            ``heads`` too where attentions are mechanisms of ``spaces.attention`` (efficient_transformer).
         bottleneck: keep the embedding whole, and with it norms and residual stream; False adds it to ``units``.
         scope: ``uniform``: every layer loses the same share; ``global``: all units of a kind compete over the layers
             (each layer keeps a tenth at least).
@@ -127,31 +130,35 @@ class Structured(Pass):
     def _fit(self, model: nn.Module, context: Context) -> None:
         """Attentions and MLPs of unknown classes are tried before anything is cut; see ``compress.probing``."""
         kinds = {"hidden" if one == "mlp" else one for one in self.units}
-        if kinds == {"hidden"}:
-            attentions, mlps = [], [mlp.name for mlp in find_mlps(model)]
-        else:
-            blocks = _structure(model).blocks
+        loose = _loose_parts(model, self.units)
+        attentions: list[str] = []
+        reasons: dict[str, str] = {}
+        if loose is None:
+            blocks = recognise(model).blocks
             attentions = [f"{block.name}.attn" for block in blocks]
             mlps = [block.mlp.name for block in blocks] if kinds & {"hidden", "embedding"} else []
+        else:
+            mlps = [mlp.name for mlp in loose.mlps]
+            reasons = why_heads_stay(model, loose.heads, context.example)
         found = fit(model, attentions, mlps, kinds, context.example)
         if found.replaced:
             context.report(f"{', '.join(found.replaced)}: timm's Attention now, which computes the same")
-        for name, reason in found.reasons.items():
-            hint = "; units=mlp alone asks for less" if name in attentions else ""
+        for name, reason in (reasons | found.reasons).items():
+            hint = _mlp_hint(model) if name in attentions or name in reasons else ""
             raise StructureError(f"{type(model).__name__}: {name} {reason}{hint}")
 
     def _cut(self, model: nn.Module, scorer: Scorer) -> None:
         # All scores come from the model as it was: what is cut first must not change what is cut next.
-        if self.units == ("mlp",):
-            mlps = find_mlps(model)
-            if not mlps:
-                raise StructureError(
-                    f"{type(model).__name__}: no MLP with independent hidden units (fc1, act, fc2)"
-                )
-            for mlp, kept in zip(mlps, self._choose([scorer.hidden(mlp) for mlp in mlps]), strict=True):
+        if (loose := _loose_parts(model, self.units)) is not None:
+            kept_units = self._choose([scorer.hidden(mlp) for mlp in loose.mlps])
+            kept_heads = self._choose([scorer.heads(one) for one in loose.heads], whole=False)
+            for mlp, kept in zip(loose.mlps, kept_units, strict=True):
                 keep_mlp_units(mlp, kept, probed=True)
+            for one, kept in zip(loose.heads, kept_heads, strict=True):
+                if len(kept) < one.num_heads:  # one of a single head need not be able to lose any
+                    keep_heads(one, kept, probed=True)
             return
-        structure = _structure(model)
+        structure = recognise(model)
         blocks = structure.blocks
         if "channels" in self.units and (normed := next((b.name for b in blocks if b.qk_normed), None)):
             raise StructureError(
@@ -195,7 +202,7 @@ class Structured(Pass):
         return min(size, -(-count // multiple) * multiple)
 
     def _counts(self, scores: Sequence[Tensor]) -> list[int]:
-        if self.scope == "uniform" or len(scores) == 1:
+        if self.scope == "uniform" or len(scores) < 2:
             return [max(1, round(len(values) * (1 - self.ratio))) for values in scores]
         # Sizes of weights differ between layers for no reason of importance; changes of the loss are comparable.
         even = [
@@ -236,12 +243,44 @@ def _kinds(units: str | Sequence[str]) -> list[str]:
     return kinds
 
 
-def _structure(model: nn.Module) -> ViTStructure:
-    try:
-        return recognise(model)
-    except StructureError as error:
-        hint = "; units=mlp alone asks for less" if find_mlps(model) else ""
-        raise StructureError(f"{error}{hint}") from None
+class _Parts(NamedTuple):
+    """What is cut from a model that is no plain ViT: parts that nothing else depends on."""
+
+    heads: tuple[Heads, ...]
+    mlps: tuple[Mlp, ...]
+
+
+def _loose_parts(model: nn.Module, units: Sequence[str]) -> _Parts | None:
+    """None for a plain ViT, of which more is known.
+
+    Raises:
+        StructureError: there is nothing of these kinds, or a kind that only a plain ViT can lose.
+    """
+    heads: tuple[Heads, ...] = ()
+    if tuple(units) != ("mlp",):
+        try:
+            recognise(model)
+            return None
+        except StructureError as error:
+            heads = find_heads(model)
+            if not heads:
+                raise StructureError(f"{error}{_mlp_hint(model)}") from None
+            if tied := [one for one in units if one not in _LOOSE]:
+                works = "units=heads, units=mlp or units=heads+mlp" if find_mlps(model) else "units=heads"
+                raise StructureError(
+                    f"{error}, so of its {' and '.join(tied)} none can go; what works here is {works}"
+                ) from None
+    mlps = find_mlps(model) if "mlp" in units else ()
+    if "mlp" in units and not mlps:
+        hint = "; units=heads alone asks for less" if heads else ""
+        raise StructureError(
+            f"{type(model).__name__}: no MLP with independent hidden units (fc1, act, fc2){hint}"
+        )
+    return _Parts(heads if "heads" in units else (), mlps)
+
+
+def _mlp_hint(model: nn.Module) -> str:
+    return "; units=mlp alone asks for less" if find_mlps(model) else ""
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spaces.errors import UserMistake
+from spaces.layers._slicing import Index, checked_positions, slice_weights
+
 __all__ = ["HeadProjection", "merge_heads"]
+
+_FUSED, _APART = (("fused", 3),), (("query", 1), ("key", 1), ("value", 1))
 
 
 class HeadProjection(nn.Module):
@@ -71,6 +77,34 @@ class HeadProjection(nn.Module):
         wq, wk, wv = self.fused.weight.chunk(3)
         bq, bk, bv = (None, None, None) if self.fused.bias is None else self.fused.bias.chunk(3)
         return F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+
+    def maps_by_head(self) -> list[tuple[nn.Linear, Tensor]]:
+        """Each linear map with the rows that make each head: (parts, H, D), three parts in the fused map, else one.
+
+        Raises:
+            UserMistake: a map is no plain ``nn.Linear`` any more (factorised, quantised).
+        """
+        found = []
+        for name, parts in _FUSED if self.is_fused else _APART:
+            layer = self.get_submodule(name)
+            if type(layer) is not nn.Linear:
+                raise UserMistake(
+                    f"HeadProjection: {name} must be a plain nn.Linear, but is {type(layer).__name__}"
+                )
+            found.append((layer, torch.arange(layer.out_features).view(parts, self.num_heads, -1)))
+        return found
+
+    def keep_heads(self, index: Index) -> None:
+        """Leave only the heads ``index`` (positions in [0, H), in the order wanted), in place.
+
+        Raises:
+            UserMistake: no such positions, or a map is no plain ``nn.Linear``; then nothing is changed.
+        """
+        heads = checked_positions(index, self.num_heads, "in_proj: heads")
+        for layer, rows in self.maps_by_head():
+            slice_weights(layer, outputs=rows[:, heads].flatten())
+        self.inner_dim = self.inner_dim // self.num_heads * len(heads)
+        self.num_heads = len(heads)
 
 
 def merge_heads(heads: Tensor) -> Tensor:
