@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from compress.data import loss_of, move
@@ -183,7 +184,7 @@ def recalibrate(
         raise UserMistake("train: sit needs data to learn from; give train=, or epochs=0 to leave it out")
     home = next(model.parameters()).device
     device = context.device
-    model.to(device).train()
+    _set_training(model.to(device))
     teacher = copy.deepcopy(token_teacher).to(device).eval().requires_grad_(False)
     reverse = _reverse_of(model, teacher, context, how, prefix)
     optimizer = _optimizer(model, reverse, how)
@@ -197,6 +198,14 @@ def recalibrate(
         model.zero_grad(set_to_none=True)
 
 
+def _set_training(model: nn.Module) -> None:
+    """Training mode, but no patch is dropped: tokens are compared with the teacher's, one by one."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, PatchDropout):
+            module.eval()
+
+
 def _reverse_of(
     model: nn.Module, teacher: nn.Module, context: Context, how: Recalibration, prefix: int
 ) -> nn.ModuleList:
@@ -205,7 +214,7 @@ def _reverse_of(
     with torch.no_grad():
         _, slimmed = block_tokens(model, *example, prefix=prefix)
         _, full = block_tokens(teacher, *example, prefix=prefix)
-    model.train()
+    _set_training(model)
     counts = [tokens.shape[1] for tokens in slimmed]
     with torch.random.fork_rng([]):
         torch.manual_seed(context.seed)

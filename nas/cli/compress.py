@@ -236,5 +236,5 @@ def _task(name: str, data: str | None, root: str | None, inputs: tuple[Tensor, .
             raise UserMistake(
                 f"--task {name}: needs a model of pictures, this one takes {shapes}; give --task"
             )
-        options |= {"image_size": int(inputs[0].shape[-1]), "channels": int(inputs[0].shape[1])}
+        options |= {"image_size": list(inputs[0].shape[2:]), "channels": int(inputs[0].shape[1])}
     return make_task(name, **options)

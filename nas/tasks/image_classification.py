@@ -68,7 +68,7 @@ class ImageClassification(Task):
         cache_dir: where decoded arrays are kept; ./runs/.cache by default. They are decoded once on each machine and
             mapped by all of its processes; on a cluster, a disk of each node's own is the best place.
         seed: of the cuts and of ``limit``.
-        image_size: side in pixels to which images are resized.
+        image_size: side in pixels, or [height, width], to which images are resized.
         channels: of the images as models get them, at least 1. Grey ones are repeated to as many; others cannot be
             given otherwise than they are.
         limit: number of training images to keep, for quick tries.
@@ -94,7 +94,7 @@ class ImageClassification(Task):
         cache_dir: str | None = None,
         seed: int = 0,
         *,
-        image_size: int | None = None,
+        image_size: int | list[int] | None = None,
         channels: int | None = None,
         limit: int | None = None,
         label_smoothing: float | None = None,
@@ -105,8 +105,6 @@ class ImageClassification(Task):
     ):
         if label_smoothing is not None and not 0 <= label_smoothing < 1:
             raise UserMistake(f"label_smoothing={label_smoothing} must lie in [0, 1)")
-        if image_size is not None and not 4 <= image_size <= 1024:
-            raise UserMistake(f"image_size={image_size} must lie in 4..1024 pixels")
         loaded = load_images(
             data or "digits",
             data_root=data_root,

@@ -8,6 +8,7 @@ unpacked, and sizes are bounded before anything is decoded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -52,7 +53,7 @@ def load_images(
     *,
     data_root: str | None,
     cache_dir: Path,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     download: bool = False,
@@ -64,7 +65,8 @@ def load_images(
             ``data_root`` is given.
         data_root: folder that holds a torchvision data set's files.
         cache_dir: where decoded arrays are kept; about C*H*W bytes an image.
-        image_size: side in pixels to which all images are resized (shorter side fitted, then the centre cut).
+        image_size: side in pixels, in 4..1024, or height and width, to which all images are resized (fitted, then the
+            centre cut).
             ``None`` keeps the own size if it is the same for all and at most 64, else takes 224.
         image_column, label_column: of a parquet file, where their types do not tell.
         download: lets torchvision fetch missing files into ``data_root``.
@@ -73,8 +75,9 @@ def load_images(
         UserMistake: nothing usable there, a file that cannot be decoded, images without classes, fewer than
             two classes, or an empty class.
     """
+    sides = _height_and_width(image_size)
     if data.lower() == "digits":
-        return _digits(image_size)
+        return _digits(sides)
     path, columns = Path(data), (image_column, label_column)
     name = next((known for known in TORCHVISION if known.lower() == data.lower()), None)
     if name is not None and (data_root is not None or not path.exists()):
@@ -89,8 +92,10 @@ def load_images(
         hint = nearest(data, ["digits", *TORCHVISION])
         what = "is a file of an unknown kind" if path.exists() else f"does not exist{hint}"
         raise UserMistake(f"data={data!r} {what}; give {ACCEPTED}")
-    key = {"source": source.stamp, "image_size": image_size, "columns": columns, "rules": _RULES}
-    entry = cached(cache_dir, source.name, key, lambda folder: decode_all(source, image_size, folder))
+    # Squares keep the key that caches of one number have.
+    size = sides[0] if sides and sides[0] == sides[1] else sides
+    key = {"source": source.stamp, "image_size": size, "columns": columns, "rules": _RULES}
+    entry = cached(cache_dir, source.name, key, lambda folder: decode_all(source, sides, folder))
     parts = cast("list[Part]", entry.facts["parts"])
     images = {part: entry.arrays[f"{part}-images"] for part in parts}
     labels = {part: np.asarray(entry.arrays[f"{part}-labels"]) for part in parts}
@@ -98,7 +103,18 @@ def load_images(
     return ImageData(source.name, classes, images, labels, source.mirror, notes)
 
 
-def _digits(image_size: int | None) -> ImageData:
+def _height_and_width(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    if len(sides) != 2 or not all(4 <= side <= 1024 for side in sides):
+        raise UserMistake(
+            f"image_size={image_size} must lie in 4..1024 pixels; one number, or height and width"
+        )
+    return sides[0], sides[1]
+
+
+def _digits(image_size: tuple[int, int] | None) -> ImageData:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -106,10 +122,11 @@ def _digits(image_size: int | None) -> ImageData:
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     labels, classes = bunch.target.astype(np.int64), tuple("0123456789")
     notes: tuple[str, ...] = ()
-    if image_size is not None and images.shape[1:] != (image_size, image_size):
-        pictures = (fitted(Image.fromarray(one), image_size, image_size) for one in images)
+    if image_size is not None and images.shape[1:] != image_size:
+        height, width = image_size
+        pictures = (fitted(Image.fromarray(one), width, height) for one in images)
         images = np.stack([np.asarray(one, np.uint8) for one in pictures])
-        notes = (f"images resized to {image_size}x{image_size} (as asked; option image_size)",)
+        notes = (f"images resized to {height}x{width} (as asked; option image_size)",)
     kept = images[:, None]
     return ImageData("scikit-learn digits", classes, {"train": kept}, {"train": labels}, False, notes)
 

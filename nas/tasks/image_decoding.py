@@ -39,7 +39,7 @@ class _Another(Exception):
     """An image does not fit the shape so far; decoding starts again, with the shape in ``args``."""
 
 
-def decode_all(source: Source, image_size: int | None, folder: Path) -> dict[str, Any]:
+def decode_all(source: Source, image_size: tuple[int, int] | None, folder: Path) -> dict[str, Any]:
     """Writes ``<part>-images.npy`` and ``<part>-labels.npy`` into ``folder``; the facts name the parts."""
     shape: _Shape | None = None
     while True:  # at most three rounds: the size only goes to the default, the channels only from 1 to 3
@@ -69,7 +69,7 @@ def decode_all(source: Source, image_size: int | None, folder: Path) -> dict[str
 
 
 def _decode_round(
-    source: Source, image_size: int | None, shape: _Shape | None, folder: Path
+    source: Source, image_size: tuple[int, int] | None, shape: _Shape | None, folder: Path
 ) -> tuple[_Shape | None, dict[Part, list[Label]]]:
     labels: dict[Part, list[Label]] = {}
     writers: dict[Part, ArrayWriter] = {}
@@ -88,13 +88,13 @@ def _decode_round(
     return shape, labels
 
 
-def _fitting(image: Image.Image, image_size: int | None, shape: _Shape | None) -> _Shape:
+def _fitting(image: Image.Image, image_size: tuple[int, int] | None, shape: _Shape | None) -> _Shape:
     """The shape that ``image`` is stored in; raises ``_Another`` when those before it need a new one."""
     channels = 1 if image.mode == "L" else 3
     width, height = image.size
     if shape is None:
         if image_size is not None:
-            return _Shape(channels, image_size, image_size, True)
+            return _Shape(channels, *image_size, True)
         if max(image.size) > _OWN_SIZE_LIMIT:
             return _Shape(channels, _DEFAULT_SIZE, _DEFAULT_SIZE, True)
         return _Shape(channels, height, width, False)

@@ -12,11 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spaces.errors import UserMistake
 from spaces.layers.token_slimming import ReverseTokenSlimming, TokenSlimming
-from spaces.vision._lv_vit_network import LVViT
+from spaces.vision._lv_vit_network import LVViT, LVViTBlock
 from spaces.vision._lv_vit_published import HEAD_DIM
 
 __all__ = [
@@ -130,6 +131,7 @@ def load_lv_vit(
     slim_after: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
     aux_head: bool = True,
+    qk_scale: float | None = None,
 ) -> LVViT:
     """An official LV-ViT or SiT, teacher or student, in evaluation mode.
 
@@ -141,6 +143,8 @@ def load_lv_vit(
             files for deployment do not have.
         size: height and width of the images; None: square.
         aux_head: keep the classifier of token labelling, which inference does not use.
+        qk_scale: what products of queries and keys were multiplied by; None: 1 / sqrt(head width), as in all published
+            sizes. Another one goes into the queries' weights.
 
     Raises:
         UserMistake: not such a state, or one that lacks what the arguments leave open.
@@ -187,7 +191,19 @@ def load_lv_vit(
         raise UserMistake(
             f"state is not of an LV-ViT or SiT: {' '.join(' '.join(lines[1:3]).split())}"
         ) from None
+    if qk_scale is not None:
+        _rescale(model, qk_scale)
     return model.eval()
+
+
+@torch.no_grad()
+def _rescale(model: LVViT, qk_scale: float) -> None:
+    # Fused kernels take 1 / sqrt(head width), whatever the attention's own attribute says.
+    for block in (one for one in model.blocks if isinstance(one, LVViTBlock)):
+        queries = block.attn.qkv.out_features // 3
+        factor = qk_scale * (queries / block.attn.num_heads) ** 0.5
+        for parameter in block.attn.qkv.parameters():
+            parameter[:queries] *= factor
 
 
 def _places(state: Mapping[str, Tensor], given: Sequence[int] | None) -> list[int]:

@@ -34,7 +34,7 @@ class VanillaBlock(nn.Module):
         dim_out: D.
         terms: of the series activation, at least 0.
         stride: 1, or 2 for a max-pool of 2x2.
-        pool: height and width that an adaptive max-pool leaves instead; for a stride of 2.
+        pool: height and width, or one number for both, that an adaptive max-pool leaves instead; for a stride of 2.
         form: of ``FORMS``.
 
     Raises:
@@ -48,7 +48,7 @@ class VanillaBlock(nn.Module):
         *,
         terms: int = 3,
         stride: int = 2,
-        pool: Sequence[int] | None = None,
+        pool: Sequence[int] | int | None = None,
         form: str = "deep",
     ):
         super().__init__()
@@ -61,7 +61,8 @@ class VanillaBlock(nn.Module):
         self.convs = nn.Sequential(*_layers(first, dim, dim_out, form))
         self.pool: nn.Module = nn.Identity()
         if pool is not None:
-            self.pool = nn.AdaptiveMaxPool2d((pool[0], pool[1]))
+            height, width = (pool, pool) if isinstance(pool, int) else pool
+            self.pool = nn.AdaptiveMaxPool2d((height, width))
         elif stride == 2:
             self.pool = nn.MaxPool2d(2)
         self.act = SeriesActivation(dim_out, terms, folded=form == "merged")
@@ -108,7 +109,8 @@ class VanillaNet(nn.Module):
         dropout: before the classifier, in [0, 1).
         patch: kernel of the stem.
         stem_stride, stem_padding: of the stem; None and 0: patches side by side.
-        pools: for each block the (height, width) of an adaptive max-pool, or None for the ordinary one; None: all so.
+        pools: for each block the (height, width) of an adaptive max-pool, or one number for both; None or 0 for the
+            ordinary one. None in place of the list: all ordinary.
         form: of ``FORMS``.
 
     Raises:
@@ -127,7 +129,7 @@ class VanillaNet(nn.Module):
         patch: int = 4,
         stem_stride: int | None = None,
         stem_padding: int = 0,
-        pools: Sequence[Sequence[int] | None] | None = None,
+        pools: Sequence[Sequence[int] | int | None] | None = None,
         form: str = "deep",
     ):
         super().__init__()

@@ -47,7 +47,7 @@ def load_series_activation(state: Mapping[str, Tensor]) -> SeriesActivation:
 
 
 def load_vanilla_block(
-    state: Mapping[str, Tensor], *, stride: int = 2, pool: Sequence[int] | None = None
+    state: Mapping[str, Tensor], *, stride: int = 2, pool: Sequence[int] | int | None = None
 ) -> VanillaBlock:
     """The official ``Block`` whose state this is, in training or merged form, in evaluation mode.
 
@@ -78,7 +78,7 @@ def load_vanillanet(
     state: Mapping[str, Tensor],
     *,
     strides: Sequence[int] | None = None,
-    pools: Sequence[Sequence[int] | None] | None = None,
+    pools: Sequence[Sequence[int] | int | None] | None = None,
     stem_stride: int | None = None,
     stem_padding: int = 0,
     dropout: float = 0.0,
@@ -88,7 +88,8 @@ def load_vanillanet(
     Args:
         state: official state dict, e.g. ``torch.load(path, weights_only=True)["model_ema"]``, without ``module.``.
         strides: None: 2 where the width changes by the rule of the published networks, V-5 to V-13, else 1.
-        pools: of adaptive pooling, as of ``VanillaNet``; for these files ``stem_stride=3, stem_padding=1``.
+        pools: of adaptive pooling, as of ``VanillaNet`` or as the original's ``ada_pool``; for these files
+            ``stem_stride=3, stem_padding=1``.
         stem_stride, stem_padding: of the stem, as of ``VanillaNet``.
         dropout: before the classifier; files do not tell.
 

@@ -56,6 +56,11 @@ def colour() -> tuple[nn.Module, torch.Tensor]:
     return model, torch.zeros(1, 3, 16, 16)
 
 
+def wide() -> tuple[nn.Module, torch.Tensor]:
+    model: nn.Module = small_vit(img_size=(8, 16), patch_size=4, num_classes=10, in_chans=1)
+    return model, torch.zeros(1, 1, 8, 16)
+
+
 def test_the_whole_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_weights(
         small_vit(7, img_size=8, patch_size=2, in_chans=1, num_classes=10), tmp_path / "w.safetensors"
@@ -80,6 +85,13 @@ def test_digits_for_a_model_of_larger_pictures_in_colour(capsys: pytest.CaptureF
     assert "--data: images resized to 16x16" in text.out
     assert "--data: grey images given as 3 equal channels" in text.out
     assert "accuracy" in text.out
+
+
+def test_pictures_as_wide_and_as_high_as_the_model_takes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run("--model", "tests.compress.test_cli:wide", "--data", "digits", "--pass", "token_merging:r=1")
+    text = capsys.readouterr()
+    assert code == 0, text.err
+    assert "--data: images resized to 8x16" in text.out
 
 
 def test_colour_for_a_model_of_grey_pictures(

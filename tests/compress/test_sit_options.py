@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from compress.passes import list_passes, make_pass, parse_pass
@@ -158,6 +159,13 @@ class TestTraining:
         how = Recalibration(6, 2e-3, token_weight=0, logit_weight=0, hard_teacher=sure, hard_weight=50)
         recalibrate(student, model, context(), how, prefix=1)
         assert (student(torch.randn(9, 3, SIZE, SIZE)).argmax(-1) == 2).all()
+
+    def test_no_patch_is_dropped_meanwhile(self) -> None:
+        model = deit()
+        model.patch_drop = PatchDropout(0.5)
+        found = Sit(slim_after=[2], epochs=1).apply(model.train(), context())
+        assert found.patch_drop.prob == 0.5
+        assert found.train().patch_drop.training, "whoever trains it on drops patches again"
 
     def test_nan(self) -> None:
         bad = [(torch.full((4, 3, SIZE, SIZE), float("nan")), torch.zeros(4, dtype=torch.long))]

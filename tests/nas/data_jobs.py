@@ -28,7 +28,7 @@ def load(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     folder, cache = Path(payload["folder"]), Path(payload["folder"]) / f"cache{node}"
     marks = folder / "marks"
 
-    def decode(source: Any, image_size: int | None, place: Path) -> dict[str, Any]:
+    def decode(source: Any, image_size: tuple[int, int] | None, place: Path) -> dict[str, Any]:
         with open(marks, "a", encoding="ascii") as file:
             file.write(f"{node or '-'} {os.getpid()}\n")
         facts = _decode(source, image_size, place)

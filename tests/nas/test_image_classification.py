@@ -192,6 +192,19 @@ def test_digits_are_resized_like_files(tmp_path: Path) -> None:
     assert {image.tobytes() for image in own} == {image.tobytes() for image in found.images["train"]}
 
 
+def test_height_and_width_may_differ(tmp_path: Path) -> None:
+    task = made(image_size=[16, 24])
+    assert task.signature == ImageSignature(channels=1, height=16, width=24, classes=10)
+    assert task.describe()["notes"] == ["images resized to 16x24 (as asked; option image_size)"]
+    image = np.zeros((48, 72), np.uint8)
+    image[:24] = 255
+    images: Images = {("", name): [image, image] for name in CLASSES}
+    found = load(write_folder(tmp_path / "data", images), tmp_path / "cache", image_size=(16, 24))
+    pixels = found.images["train"]
+    assert pixels.shape == (6, 1, 16, 24)
+    assert int(pixels[:, :, :6].min()) > 200 > 50 > int(pixels[:, :, 10:].max())
+
+
 def test_the_size_that_they_have_changes_nothing() -> None:
     plain, asked = made(), made(image_size=8, channels=1)
     assert asked.describe() == plain.describe()
@@ -282,9 +295,13 @@ def test_limit(tmp_path: Path) -> None:
         ),
         ({"data": "MNIST"}, r"data='MNIST' is a torchvision data set; give data_root"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1\.0 must lie in \[0, 1\)"),
+        (
+            {"image_size": [16]},
+            r"image_size=\[16\] must lie in 4\.\.1024 pixels; one number, or height and width",
+        ),
         ({"image_size": 2}, r"image_size=2 must lie in 4\.\.1024 pixels"),
         ({"channels": 0}, "channels=0 must be at least 1"),
-        ({"image_size": "big"}, r"option image_size='big' must be int \| None"),
+        ({"image_size": "big"}, r"option image_size='big' must be int \| list\[int\] \| None"),
         ({"augment": "cutmix"}, r"option augment='cutmix' must be Literal\['auto', 'none', 'shift'"),
         ({"limits": 5}, r"no option 'limits' \(did you mean 'limit'\?\); known: data, data_root"),
     ],

@@ -65,6 +65,24 @@ class TestGolden:
         assert model.config()["slim_after"] == vectors.facts["slim_index"]
         assert model.config()["tokens"] == vectors.facts["keeped_patches"][1:]
 
+    @pytest.mark.parametrize("fused", [True, False])
+    @torch.no_grad()
+    def test_another_scale_of_the_products(self, fused: bool) -> None:
+        vectors = golden("sit-e2e")
+        args = vectors.facts["args"]
+        state, scale = dict(vectors.state), 0.3
+        own = (args["embed_dim"] // args["num_heads"]) ** -0.5
+        for name in [one for one in state if one.endswith("attn.qkv.weight")]:
+            rows = state[name].shape[0] // 3
+            state[name] = torch.cat((state[name][:rows] * own / scale, state[name][rows:]))
+        options = {"heads": args["num_heads"], "skip_division": args["skip_lam"]}
+        assert not any(one.endswith("attn.qkv.bias") for one in state)
+        model = load_lv_vit(state, qk_scale=scale, **options)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        close(model(vectors.inputs["x"]), vectors.outputs["logits"])
+
     def test_a_file_for_deployment(self) -> None:
         vectors = golden("sit-e2e")
         state = {key: value for key, value in vectors.state.items() if not key.startswith("rtsm.")}

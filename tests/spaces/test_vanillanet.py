@@ -58,8 +58,7 @@ def network(vectors: Vectors, part: str = "state") -> VanillaNet:
     args = vectors.facts["args"]
     adaptive: dict[str, Any] = {}
     if "ada_pool" in args:
-        pools = [(side, side) if side else None for side in args["ada_pool"]]
-        adaptive = {"pools": pools, "stem_stride": 3, "stem_padding": 1}
+        adaptive = {"pools": args["ada_pool"], "stem_stride": 3, "stem_padding": 1}
     dropout = args.get("drop_rate", 0.0)
     return load_vanillanet(vectors.part(part), strides=args["strides"], dropout=dropout, **adaptive)
 
@@ -102,7 +101,7 @@ class TestGolden:
     def test_block(self, name: str) -> None:
         vectors = Vectors(name)
         args = vectors.facts["args"]
-        pool = (args["ada_pool"],) * 2 if "ada_pool" in args else None
+        pool = args.get("ada_pool")
         block = load_vanilla_block(vectors.part("state"), stride=args["stride"], pool=pool)
         for share in (0.0, 0.3, 1.0):
             block.set_identity(share)
