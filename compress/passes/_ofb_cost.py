@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.passes._ofb_sites import AttentionSite, Site, embedding_axes, why_no_embedding
-from compress.passes._ofb_supernet import Supernet
+from compress.passes._ofb_sites import AttentionSite, Site, embedding_axes, find_sites, why_no_embedding
+from compress.passes._ofb_supernet import OFFICIAL_COLOURS, Supernet
 from nas.profile import profile
 
 __all__ = ["Cost", "Macs", "OfficialMacs", "Parameters", "Widths", "Work", "cost_loss", "expected_widths"]
@@ -71,7 +71,7 @@ class Cost(ABC):
         self.rows, self.context = _token_counts(model, self.sites, example)
         patch: Any = getattr(model, "patch_embed", None)
         self.stem: Any = getattr(patch, "proj", nn.Module())
-        width: int | None = None if why_no_embedding(model) else self.stem.out_channels
+        width: int | None = None if why_no_embedding(model, headless=True) else self.stem.out_channels
         units, heads = [], []
         for site in self.sites:
             units.append(site.last(model).in_features)
@@ -136,19 +136,31 @@ class Work(Macs):
 
 
 class OfficialMacs(Cost):
-    """The original's closed form for a plain ViT: no prefix tokens, biases and norms counted, softmax 5 a score."""
+    """The original's closed form for a plain ViT: no prefix tokens, biases and norms counted, softmax 5 a score.
+
+    Images count as of 3 channels whatever they have. Attentions and MLPs that are not searched count as they are.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], example: Sequence[Tensor]):
+        super().__init__(model, sites, example)
+        searched = {site.name for site in self.sites}
+        self.others = [site for site in find_sites(model)[0] if site.name not in searched]
 
     def __call__(self, widths: Widths) -> Any:
         patches = self.model.patch_embed.num_patches
-        embedding = widths.embedding
+        embedding = self.stem.out_channels if widths.embedding is None else widths.embedding
         heads = [
             one for one in (getattr(self.model, n, None) for n in ("head", "head_dist")) if one is not None
         ]
-        kernel = self.stem.in_channels * self.stem.kernel_size[0] * self.stem.kernel_size[1]
+        kernel = OFFICIAL_COLOURS * self.stem.kernel_size[0] * self.stem.kernel_size[1]
         classes = sum(one.out_features for one in heads if isinstance(one, nn.Linear))
         total = patches * embedding * kernel + embedding * classes
         norms = embedding if widths.physical is None else widths.physical
-        for site, units, count in zip(self.sites, widths.units, widths.heads, strict=True):
+        sizes = list(zip(self.sites, widths.units, widths.heads, strict=True))
+        sizes += [
+            (site, site.last(self.model).in_features, getattr(site, "heads", 1)) for site in self.others
+        ]
+        for site, units, count in sizes:
             if isinstance(site, AttentionSite):
                 total = (
                     total + patches * (4 * embedding * units + 3 * units + embedding) + 2 * patches * norms
@@ -171,7 +183,7 @@ class Parameters(Cost):
             for parameter in layer.parameters()
         }
         inside |= {id(_table(site, model)) for site in self.sites}
-        wide = [] if why_no_embedding(model) else embedding_axes(model)
+        wide = [] if why_no_embedding(model, headless=True) else embedding_axes(model)
         proportional = {id(getattr(owner, name)) for owner, name, _ in wide}
         self.outside = self.constant = 0
         for parameter in model.parameters():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.passes._ofb_cost import Cost, Widths
-from compress.passes._ofb_gate import Gate, Keep, head_options
+from compress.passes._ofb_gate import Gate, Keep
 from compress.passes._ofb_sites import AttentionSite, GatedLinear, Site, embedding_axes
 from compress.passes._ofb_slicing import Slicer, sync_sizes
 from compress.passes._ofb_supernet import Supernet, set_embedding_width
@@ -274,8 +274,7 @@ class _Steps:
         heads, channels = now
         all_heads, all_channels = gate.dense
         if gate.kind == "attention" and self.wanted.heads:
-            options = head_options(all_heads, self.wanted.head_step)
-            wider = [one for one in options if (one - heads) * sign > 0]
+            wider = [one for one in self.wanted.head_options(all_heads) if (one - heads) * sign > 0]
             if wider:
                 yield (min(wider) if sign > 0 else max(wider)), channels
         if self._narrows_channels(gate):
@@ -284,7 +283,7 @@ class _Steps:
                 yield heads, size
 
     def _narrows_channels(self, gate: Gate) -> bool:
-        return gate.kind == "mlp" or (gate.score.shape[1] > 1 and self.wanted.channels)
+        return gate.kind == "mlp" or (gate.by_channel and self.wanted.channels)
 
     def _value(self, plan: Plan) -> float:
         total = 0.0

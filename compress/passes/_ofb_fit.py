@@ -21,7 +21,7 @@ def fitted_dimensions(model: nn.Module, wanted: Dimensions, context: Context) ->
     """``wanted`` without what would not be exact; attentions that only timm's class can follow become timm's, in place.
 
     An attention that cannot lose channels may still lose heads. Where one part cannot have a narrower embedding, none
-    has; that is reported.
+    has; that is reported. Nor has a model whose output is the embedding, even with the original's options.
     """
     sites, _ = find_sites(model)
     attentions = [site for site in sites if isinstance(site, AttentionSite)]
@@ -43,7 +43,11 @@ def fitted_dimensions(model: nn.Module, wanted: Dimensions, context: Context) ->
     }
     if wanted.mlp:
         refused |= fit(model, (), mlps, {"hidden"}, context.example).reasons
-    if wanted.embedding and not why_no_embedding(model):
+    reason = why_no_embedding(model)
+    if wanted.embedding and wanted.official_options and reason:
+        context.report(f"ofb: not searched: embedding: {reason}")
+        wanted = replace(wanted, embedding=False)
+    if wanted.embedding and not reason:
         narrow = fit(model, [site.name for site in attentions], mlps, {"embedding"}, context.example)
         replaced += narrow.replaced
         for name, reason in list(narrow.reasons.items())[:1]:

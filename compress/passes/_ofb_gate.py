@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from compress.passes._ofb_slicing import Slicer
+from nas.errors import UserMistake
 
 __all__ = [
     "Gate",
     "Keep",
     "channel_options",
     "embedding_options",
-    "embedding_step",
     "head_options",
     "hidden_options",
+    "official_options",
 ]
 
 LAMBDA_START, LAMBDA_END = 0.99, 0.1
@@ -31,44 +32,61 @@ SCORE_STD = 0.2
 Kind = Literal["attention", "mlp", "embedding"]
 
 
-def _range(low: int, high: int, step: int) -> tuple[int, ...]:
-    """From ``low`` in steps of ``step``, ``high`` included whether or not a step meets it."""
-    return tuple(sorted({*range(max(low, 1), high + 1, max(step, 1)), high}))
+def _range(low: int, high: int, step: int, official: bool) -> tuple[int, ...]:
+    """From ``low`` in steps of ``step``; ``high`` is included whether or not a step meets it, but not if ``official``.
+
+    Raises:
+        UserMistake: ``official``, and the step is 0: the original cannot be built in this size.
+    """
+    if not official:
+        return tuple(sorted({*range(max(low, 1), high + 1, max(step, 1)), high}))
+    if step < 1:
+        raise UserMistake(
+            f"ofb: official_options: the original has none for {high} units, since its step would be 0; "
+            "leave this dimension out, or official_options off"
+        )
+    # The original keeps shares and rounds share * high down, which loses one at some sizes: 50, not 51, of 84.
+    return tuple(int(size / high * high) for size in range(low, high + 1, step))
 
 
-def embedding_options(dim: int) -> tuple[int, ...]:
+def embedding_options(dim: int, *, official: bool = False) -> tuple[int, ...]:
     """Embedding widths: half of ``dim`` to ``dim`` in steps of dim // 32, at most 12.
 
-    >>> len(embedding_options(384)), len(embedding_options(768))
-    (17, 33)
+    >>> len(embedding_options(384)), len(embedding_options(768)), embedding_options(640, official=True)[-1]
+    (17, 33, 632)
     """
-    return _range(dim // 2, dim, embedding_step(dim))
+    step = min(dim // 32, 12)
+    return _range(dim // 2, dim, step if official else max(step, 1), official)
 
 
-def embedding_step(dim: int) -> int:
-    """Between embedding widths; a multiple of 4 where it is above 4, since kernels are slow at others."""
-    step = max(1, min(dim // 32, 12))
-    return step - step % 4 if step > 4 else step
-
-
-def head_options(heads: int, step: int | None = None) -> tuple[int, ...]:
+def head_options(heads: int, step: int | None = None, *, official: bool = False) -> tuple[int, ...]:
     """Numbers of heads: 2, 4, ... as in the original where ``heads`` is even, else every number from 1.
+
+    With ``official`` 2, 4, ... for every ``heads``: never all of an odd number, and none of a single head.
 
     >>> head_options(6), head_options(3), head_options(4, step=1)
     ((2, 4, 6), (1, 2, 3), (1, 2, 3, 4))
+    >>> head_options(5, official=True)
+    (2, 4)
     """
+    if official:
+        step = step or 2
+        return tuple(range(step, heads + 1, step))
     step = step or (2 if heads % 2 == 0 else 1)
-    return _range(step, heads, step)
+    return _range(step, heads, step, official)
 
 
-def channel_options(head_dim: int) -> tuple[int, ...]:
-    """Channels of each head: a quarter to all in eighths."""
-    return _range(head_dim // 4, head_dim, head_dim // 8)
+def channel_options(head_dim: int, *, official: bool = False) -> tuple[int, ...]:
+    """Channels of each head: a quarter to all in eighths. ``official`` has a width of 0 for fewer than 4."""
+    return _range(head_dim // 4, head_dim, max(head_dim // 8, 1), official)
 
 
-def hidden_options(hidden: int) -> tuple[int, ...]:
+def hidden_options(hidden: int, *, official: bool = False) -> tuple[int, ...]:
     """Hidden units of an MLP: a quarter to all in eighths."""
-    return _range(hidden // 4, hidden, hidden // 8)
+    return _range(hidden // 4, hidden, hidden // 8, official)
+
+
+_CHANNEL_OPTIONS = {"attention": channel_options, "mlp": hidden_options, "embedding": embedding_options}
 
 
 @dataclass(frozen=True)
@@ -89,14 +107,14 @@ class Gate(nn.Module):
     Args:
         kind: ``attention``, ``mlp`` or ``embedding``.
         heads, channels: of the dense module.
-        head_options, channel_options: widths to choose from, rising, the last being all of them. With one option of
-            one sort the score is shared over that dimension.
+        head_options, channel_options: widths to choose from, rising. A dimension without any is not searched: it stays
+            whole, and the score is shared over it. Units beyond the last option have V = 0.
         calibrated: divide by the multiplier of a kept unit of average score, ``lam / 2 + 1 - lam``, so that the
             pretrained function survives the start and the schedule of lam. Off in the original.
 
     Attributes:
         alpha: (len(head_options), len(channel_options)) logits of the options; ``alive`` marks those not deleted.
-        score: (heads or 1, channels or 1).
+        score: (heads or 1, channels or 1), by which dimensions are searched; ``by_head`` and ``by_channel`` tell.
         lam: in [0, 1].
         decided, fused: see above.
     """
@@ -115,18 +133,15 @@ class Gate(nn.Module):
     ):
         super().__init__()
         self.kind: Kind = kind
-        self.head_options = tuple(head_options) or (heads,)
-        self.channel_options = tuple(channel_options) or (channels,)
         self.dense = (heads, channels)
         self.calibrated = calibrated
-        both = len(self.head_options) == 1 and len(self.channel_options) == 1
-        shape = (
-            heads if len(self.head_options) > 1 else 1,
-            channels if len(self.channel_options) > 1 or both else 1,
-        )
-        self.alpha = nn.Parameter(torch.rand(len(self.head_options), len(self.channel_options)))
+        self.by_head = bool(head_options)
+        self.by_channel = bool(channel_options) or not head_options
+        self.alpha = nn.Parameter(torch.empty(0))
+        self.register_buffer("alive", torch.empty(0, dtype=torch.bool))
+        self.offer(tuple(head_options) or (heads,), tuple(channel_options) or (channels,))
+        shape = (heads if self.by_head else 1, channels if self.by_channel else 1)
         self.score = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=SCORE_STD))
-        self.register_buffer("alive", torch.ones_like(self.alpha, dtype=torch.bool))
         self.lam = LAMBDA_START
         self.decided = False
         self.fused = False
@@ -136,6 +151,13 @@ class Gate(nn.Module):
         self.lost_heads: list[int] = []
         self.lost_channels: dict[int, list[int]] = {head: [] for head in range(heads)}
         self._channel_ids_of_lost: dict[int, list[int]] = {}
+
+    def offer(self, head_options: Sequence[int], channel_options: Sequence[int]) -> None:
+        """Choose among these options from now on; alpha starts anew, uniform in [0, 1). Of a gate that was not cut."""
+        self.head_options, self.channel_options = tuple(head_options), tuple(channel_options)
+        alpha = torch.rand(len(self.head_options), len(self.channel_options))
+        self.alpha = nn.Parameter(alpha.to(self.alpha))
+        self.alive = torch.ones_like(self.alpha, dtype=torch.bool)
 
     @property
     def heads(self) -> int:
@@ -245,6 +267,11 @@ class Gate(nn.Module):
         decided = int(self.alive.sum()) == 1
         if not decided and (rows, columns) == last:
             return None
+        if self.channel_options[columns] == 0:
+            raise UserMistake(
+                f"ofb: an {self.kind} of {self.dense[1]} channels is left with none, which the original offers; "
+                "search without official_options"
+            )
         keep = self._narrow(self.head_options[rows], self.channel_options[columns], slicer)
         if decided:
             self._finish(slicer)
@@ -266,13 +293,12 @@ class Gate(nn.Module):
         kept = head_order[:heads]
         keep = Keep(kept, channel_order[kept][:, :channels])
         self._remember(head_order.tolist(), channel_order.tolist(), heads, channels)
-        by_head, by_channel = self.score.shape[0] > 1, self.score.shape[1] > 1
 
         def cut(x: Tensor) -> Tensor:
-            x = x[keep.heads] if by_head else x
-            if not by_channel:
+            x = x[keep.heads] if self.by_head else x
+            if not self.by_channel:
                 return x
-            return x.gather(1, keep.channels if by_head else keep.channels[:1])
+            return x.gather(1, keep.channels if self.by_head else keep.channels[:1])
 
         slicer.transform(self, "score", cut)
         return keep
@@ -316,3 +342,21 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         state = "fused" if self.fused else "decided" if self.decided else f"{int(self.alive.sum())} options"
         return f"{self.kind}, {self.heads}x{self.channels} of {self.dense[0]}x{self.dense[1]}, {state}"
+
+
+def official_options(gate: Gate) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The original's options of heads and of channels for a module like that of ``gate``, which is uncut.
+
+    Raises:
+        UserMistake: the original has none in this size.
+    """
+    heads, channels = gate.dense
+    of_heads: tuple[int, ...] = (heads,)
+    of_channels: tuple[int, ...] = (channels,)
+    if gate.by_head:
+        of_heads = head_options(heads, official=True)
+        if not of_heads:
+            raise UserMistake("ofb: official_options: the original has no number of heads for a single head")
+    if gate.by_channel:
+        of_channels = _CHANNEL_OPTIONS[gate.kind](channels, official=True)
+    return of_heads, of_channels

@@ -42,10 +42,13 @@ def one_hot_loss(probabilities: Tensor, *, tangent: bool = True, clamp: float = 
 def sparsity_losses(
     gates: Iterable[Gate], *, tangent: bool = True, clamp: float = CLAMP, score_norm: bool = True
 ) -> dict[str, Tensor]:
-    """The adaptive one-hot loss with the norm of the scores, summed over the undecided gates of each kind."""
+    """The adaptive one-hot loss with the norm of the scores, summed over the undecided gates of each kind.
+
+    A gate with one option alive has nothing left to decide, and no loss.
+    """
     totals: dict[str, Tensor] = {}
     for gate in gates:
-        if gate.decided:
+        if gate.decided or int(gate.alive.sum()) == 1:
             continue
         loss = one_hot_loss(torch.softmax(gate.alpha[gate.alive], dim=0), tangent=tangent, clamp=clamp)
         if score_norm:

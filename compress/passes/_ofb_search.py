@@ -258,10 +258,9 @@ def _weights_of(net: Supernet) -> Iterator[tuple[Gate, Tensor]]:
 def rank_by(supernet: Supernet, importance: list[Tensor]) -> None:
     """Set the scores from ``importance``: its logarithm with mean 0 and the original's standard deviation of 0.2."""
     for gate, value in zip(supernet.gates(), importance, strict=True):
-        heads, channels = gate.score.shape
-        if heads == 1:
+        if not gate.by_head:
             value = value.mean(0, keepdim=True)
-        if channels == 1:
+        if not gate.by_channel:
             value = value.mean(1, keepdim=True)
         score = (value + 1e-12 * value.max() + 1e-30).log()
         score = (score - score.mean()) / score.std().clamp(min=1e-6) if score.numel() > 1 else score * 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class AttentionSite(Site):
         slicer.select(attention, "relative_position_bias_table", keep.heads, 1)
         heads, channels = keep.channels.shape
         attention.num_heads = heads
-        attention.scale = channels**-0.5
+        attention.scale = _scale_after(getattr(attention, "scale", None), grid[1], channels)
         for name, value in (("head_dim", channels), ("attn_dim", heads * channels)):
             if hasattr(attention, name):
                 setattr(attention, name, value)
@@ -181,6 +182,13 @@ class MlpSite(Site):
 
     def rows(self, heads: Tensor, channels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return channels.reshape(-1), channels.reshape(-1)
+
+
+def _scale_after(scale: Any, before: int, after: int) -> float:
+    """One over the root of the present head width; of an own scale, as much more as that would rise."""
+    if not isinstance(scale, float) or math.isclose(scale, before**-0.5, rel_tol=1e-4):
+        return float(after**-0.5)
+    return float(scale * (before / after) ** 0.5)
 
 
 def find_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
@@ -250,8 +258,12 @@ def _why_no_mlp(module: Any) -> str:
     return ""
 
 
-def why_no_embedding(model: Any) -> str:
-    """Why the embedding width of ``model`` cannot be searched; empty where it can."""
+def why_no_embedding(model: Any, *, headless: bool = False) -> str:
+    """Why the embedding width of ``model`` cannot be searched; empty where it can.
+
+    Args:
+        headless: nothing against a model whose output is the embedding itself, and so would become narrower.
+    """
     patch: Any = getattr(model, "patch_embed", None)
     blocks = getattr(model, "blocks", None)
     if not (
@@ -271,12 +283,27 @@ def why_no_embedding(model: Any) -> str:
             norm = getattr(block, name, None)
             if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != (width,):
                 return f"blocks.{index}.{name} is no LayerNorm of {width}"
-        if _why_no_attention(block.attn) or _why_no_mlp(block.mlp):
-            return f"blocks.{index}: {_why_no_attention(block.attn) or _why_no_mlp(block.mlp)}"
+        inner = _why_no_branches(block)
+        if inner:
+            return f"blocks.{index}: {inner}"
     for name in ("head", "head_dist"):
-        if not isinstance(getattr(model, name, nn.Identity()), (nn.Linear, nn.Identity)):
+        head = getattr(model, name, None)
+        if not isinstance(head, (nn.Linear, nn.Identity, type(None))):
             return f"{name} is no Linear"
+        gives_out = isinstance(head, nn.Identity) or (head is None and name == "head")
+        if gives_out and not headless:
+            return f"it has no {name}, so that its outputs are as wide as the embedding"
     return ""
+
+
+def _why_no_branches(block: Any) -> str:
+    """What is unlike an attention and an MLP of the usual form in a block; empty where nothing is."""
+    attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    if attention is None or not _has(attention, "qkv", "proj"):
+        return f"its attention ({type(attention).__name__}) has no qkv and proj"
+    if mlp is None or not _has(mlp, "fc1", "fc2"):
+        return f"its MLP ({type(mlp).__name__}) has no fc1 and fc2"
+    return _why_no_attention(attention) or _why_no_mlp(mlp)
 
 
 def embedding_axes(model: Any) -> Iterator[tuple[nn.Module, str, int]]:

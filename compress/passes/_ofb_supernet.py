@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ from compress.passes._ofb_sites import (
 from compress.passes._ofb_slicing import Slicer, sync_sizes
 from nas.errors import UserMistake
 
-__all__ = ["Dimensions", "EmbeddingGate", "Supernet"]
+__all__ = ["OFFICIAL_COLOURS", "Dimensions", "EmbeddingGate", "Supernet"]
+
+OFFICIAL_COLOURS = 3
+"""Channels of an image as the original's decoder and cost formula have them, whatever its patch embedding takes."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,19 @@ class Dimensions:
 
     Attributes:
         embedding, heads, channels, mlp: searched or left as they are.
-        head_step: between numbers of heads; None is the original's 2 where the number is even, else 1.
+        head_step: between numbers of heads; None is the original's 2 where the number is even, else 1. It is 1 for two
+            heads as well if no channels are searched, since there would be nothing to choose.
         calibrated: see ``Gate``.
-        masked_images: add the decoder of masked image modelling (plain ViTs only).
+        masked_images: add the decoder of masked image modelling (plain ViTs only); dropping of patches is then off.
         refused: names of attentions and MLPs that are left as they are, with the reason.
         whole_heads: names of attentions of which only whole heads can go.
         normalised_residual: while the embedding width is undecided, add each branch to the normalised input as the
             original does.
+        official_options: offer exactly the original's widths, of which the largest need not be all units: 2 of 3
+            heads, 57 of 60 hidden units. A dimension of one option is then searched nonetheless (and decided by the
+            first deletion, which turns its score into a multiplier; the original takes the bare score for one), the
+            decoder gives images of 3 channels whatever comes in, and a model without a head has its embedding searched
+            as well. Off, the largest option is everything.
     """
 
     embedding: bool = True
@@ -53,8 +62,15 @@ class Dimensions:
     calibrated: bool = True
     masked_images: bool = True
     normalised_residual: bool = False
+    official_options: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     whole_heads: frozenset[str] = frozenset()
+
+    def head_options(self, heads: int) -> tuple[int, ...]:
+        """The numbers of heads that an attention of ``heads`` can have."""
+        only_choice = heads == 2 and not self.channels and not self.official_options
+        step = self.head_step or (1 if only_choice else None)
+        return options_of.head_options(heads, step, official=self.official_options)
 
 
 class EmbeddingGate(nn.Module):
@@ -147,25 +163,33 @@ class Supernet(nn.Module):
         found, self.left_out = find_sites(self.host)
         self.left_out += [f"{name} {reason}" for name, reason in dimensions.refused.items()]
         found = [site for site in found if site.name not in dimensions.refused]
-        reason = why_no_embedding(self.host)
+        reason = why_no_embedding(self.host, headless=dimensions.official_options)
+        plain = not why_no_embedding(self.host, headless=True)
         self.sites: list[Site] = [site for site in found if self._wrap(site)]
         self.decoder: nn.Sequential | None = None
         if reason:
-            self.left_out.append(f"embedding: {reason}")
-        else:
+            self.dimensions = replace(dimensions, embedding=False)
+            self.left_out += [f"embedding: {reason}"] if dimensions.embedding else []
+        if plain:
             self._add_embedding()
-        if not self.sites and (self.embedder is None or not dimensions.embedding):
+        if not self.sites and not (self.embedder is not None and self.dimensions.embedding):
             why = "; ".join(self.left_out[:3]) or "it has no attention (qkv, proj) and no MLP (fc1, act, fc2)"
             raise UserMistake(f"ofb: nothing to search in {type(model).__name__}: {why}")
 
     def _wrap(self, site: Site) -> bool:
         wanted = self.dimensions
+        official = wanted.official_options
         if isinstance(site, AttentionSite):
-            heads = options_of.head_options(site.heads, wanted.head_step) if wanted.heads else ()
-            channels = wanted.channels and not site.whole_heads and site.name not in wanted.whole_heads
-            if len(heads) < 2 and not channels:
+            heads = wanted.head_options(site.heads) if wanted.heads else ()
+            if wanted.heads and not heads:
+                self.left_out.append(
+                    f"attention {site.name}: the original has no option for {site.heads} heads"
+                )
                 return False
-            widths = options_of.channel_options(site.head_dim) if channels else ()
+            channels = wanted.channels and not site.whole_heads and site.name not in wanted.whole_heads
+            if len(heads) < (1 if official else 2) and not channels:
+                return False
+            widths = options_of.channel_options(site.head_dim, official=official) if channels else ()
             gate = Gate(
                 "attention",
                 site.heads,
@@ -175,7 +199,7 @@ class Supernet(nn.Module):
                 calibrated=wanted.calibrated,
             )
         elif isinstance(site, MlpSite) and wanted.mlp:
-            widths = options_of.hidden_options(site.hidden)
+            widths = options_of.hidden_options(site.hidden, official=official)
             gate = Gate("mlp", 1, site.hidden, channel_options=widths, calibrated=wanted.calibrated)
         else:
             return False
@@ -193,7 +217,9 @@ class Supernet(nn.Module):
         host, wanted = self.host, self.dimensions
         projection = host.patch_embed.proj
         width = projection.out_channels
-        options = options_of.embedding_options(width) if wanted.embedding else ()
+        options: tuple[int, ...] = ()
+        if wanted.embedding:
+            options = options_of.embedding_options(width, official=wanted.official_options)
         gate = Gate("embedding", 1, width, channel_options=options, calibrated=wanted.calibrated)
         if not wanted.embedding:
             gate.decided = gate.fused = True
@@ -205,12 +231,20 @@ class Supernet(nn.Module):
         masked = wanted.masked_images and square
         host.norm_pre = EmbeddingGate(gate, width, prefix, masked, projection.weight)
         if masked:
-            patch = projection.kernel_size[0]
-            decode = nn.Conv2d(width, projection.in_channels * patch**2, 1)
-            self.decoder = nn.Sequential(decode, nn.PixelShuffle(patch)).to(projection.weight)
+            self.add_decoder(OFFICIAL_COLOURS if wanted.official_options else projection.in_channels)
             host.norm.register_forward_hook(self._keep_latent)
+            # The hidden patches have to be where the decoder looks for them; the extracted model drops them as before.
+            if isinstance(getattr(host, "patch_drop", None), nn.Module):
+                host.patch_drop = nn.Identity()
         if wanted.normalised_residual:
             host.blocks = nn.Sequential(*(_NormalisedResidual(block, gate) for block in host.blocks))
+
+    def add_decoder(self, colours: int) -> None:
+        """A new decoder of masked images, into ``colours`` channels."""
+        projection = self.host.patch_embed.proj
+        patch = projection.kernel_size[0]
+        decode = nn.Conv2d(projection.out_channels, colours * patch**2, 1)
+        self.decoder = nn.Sequential(decode, nn.PixelShuffle(patch)).to(projection.weight)
 
     def _keep_latent(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         object.__setattr__(self, "_latent", output)
@@ -245,14 +279,24 @@ class Supernet(nn.Module):
         return self.host(x)
 
     def reconstruction(self, images: Tensor) -> Tensor | None:
-        """The loss on the patches that the last forward in training hid; None when it hid none."""
+        """The loss on the patches that the last forward in training hid; None when it hid none.
+
+        Raises:
+            UserMistake: the original's decoder for images of neither 1 nor 3 channels.
+        """
         if self.embedder is None or self.decoder is None or self.embedder.hidden is None:
             return None
         latent: Tensor = self.__dict__.pop("_latent")[:, self.embedder.prefix :]
         patch = self.host.patch_embed.proj.kernel_size[0]
         height, width = (size // patch for size in images.shape[-2:])
         grid = latent.transpose(1, 2).reshape(latent.shape[0], -1, height, width)
-        return reconstruction_loss(images, self.decoder(grid), self.embedder.hidden)
+        rebuilt = self.decoder(grid)
+        if images.shape[1] not in (1, rebuilt.shape[1]):
+            raise UserMistake(
+                f"ofb: the original's decoder gives {rebuilt.shape[1]} channels, the images have {images.shape[1]}; "
+                "search without masked_images or without official_options"
+            )
+        return reconstruction_loss(images, rebuilt, self.embedder.hidden)
 
     def compress(self, tau: float, slicer: Slicer | None = None, *, force: bool = False) -> bool:
         """Delete improbable options and cut what no option needs; with ``force`` decide everything.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import PatchDropout
+from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
 from compress.data import loss_of, move

@@ -62,7 +62,7 @@ _LAWS = {
     "importance": word("taylor", "magnitude", "random"),
     "clamp": number("[0, 0.5)"),
     **dict.fromkeys(("embedding", "heads", "channels", "mlp", "masked_images", "grow"), FLAG),
-    **dict.fromkeys(("tangent", "calibrated", "normalised_residual", "fresh_head"), FLAG),
+    **dict.fromkeys(("tangent", "calibrated", "normalised_residual", "official_options", "fresh_head"), FLAG),
 }
 
 
@@ -86,10 +86,11 @@ class Ofb(Pass):
         learning_rate: of the weights, in both trainings; above 0.
         alpha_learning_rate: of the distributions over widths; None fits it to the length of the search.
         embedding, heads, channels, mlp: which dimensions are searched.
-        head_step: between numbers of heads; None: 2 as in the original where the number is even, else 1.
+        head_step: between numbers of heads; None: 2 as in the original where the number is even, else 1 (and 1 for two
+            heads where no channels are searched).
         threshold: options of at most this probability over their number are deleted, in (0, 1).
         one_hot_weight, cost_weight: of the adaptive one-hot loss and of the cost penalty, at least 0.
-        masked_images: progressive masked image modelling beside the task (plain ViTs only).
+        masked_images: progressive masked image modelling beside the task (plain ViTs only), in place of patch dropping.
         distillation: share of the teacher in the losses of search and fine-tuning, in [0, 1].
         importance: what ranks the units at first, and so begins the distributions near the widths that it suggests:
             ``taylor``, ``magnitude``; or ``random`` (the original's).
@@ -97,6 +98,7 @@ class Ofb(Pass):
         tangent, clamp: the term of the one-hot loss, and how far its argument stays from 0 and 1 (0 in the original).
         calibrated: False multiplies by the bare bi-mask, as the original does.
         normalised_residual: True adds branches to the normalised input while the embedding is undecided, likewise.
+        official_options: True offers the original's widths only, which may leave some units out: see ``Dimensions``.
         fresh_head: True starts the fine-tuning with a new classification head, likewise.
 
     Raises:
@@ -131,6 +133,7 @@ class Ofb(Pass):
         clamp: float = CLAMP,
         calibrated: bool = True,
         normalised_residual: bool = False,
+        official_options: bool = False,
         fresh_head: bool = False,
     ):
         check_options("ofb", locals(), _LAWS)
@@ -156,6 +159,7 @@ class Ofb(Pass):
         self.clamp = clamp
         self.calibrated = calibrated
         self.normalised_residual = normalised_residual
+        self.official_options = official_options
         self.fresh_head = fresh_head
         self._strength: float | None = None
 
@@ -315,6 +319,7 @@ class Ofb(Pass):
             calibrated=self.calibrated,
             masked_images=self.masked_images,
             normalised_residual=self.normalised_residual,
+            official_options=self.official_options,
         )
 
     def _search_options(self, epochs: int) -> SearchOptions:
@@ -349,7 +354,7 @@ def _narrowest(supernet: Supernet) -> Plan:
     embedding = None
     if supernet.embedder is not None:
         embedding = supernet.embedder.gate.channel_options[0]
-    return Plan(embedding, tuple((gate.head_options[0], gate.channel_options[0]) for gate in gates))
+    return Plan(embedding, tuple((gate.head_options[0], max(gate.channel_options[0], 1)) for gate in gates))
 
 
 def _refuse_tied(model: nn.Module) -> None:
