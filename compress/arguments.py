@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,15 @@ from compress.passes.base import Budget, Pass
 from nas.errors import UserMistake, first_line
 from nas.latency import Target
 
-__all__ = ["check_plain_arguments", "device_of", "passes_of", "private_copy", "target_of"]
+__all__ = [
+    "check_learnable",
+    "check_plain_arguments",
+    "device_of",
+    "learnable_batches",
+    "passes_of",
+    "private_copy",
+    "target_of",
+]
 
 _TYING_MATTERS = frozenset({"widths", "ranks", "experts", "fusion", "precision"})
 _MOST_SEEDS = 2**32
@@ -106,6 +114,27 @@ def check_plain_arguments(
         raise UserMistake("measure_seconds=0: a latency budget is met by measuring; give some seconds")
 
 
+def learnable_batches(data: Any) -> Any:
+    """``data``, of which a list or tuple of batches gives copies of tensors made under ``torch.inference_mode``.
+
+    Nothing can be learnt from such tensors, whatever mode is on. Loaders make new tensors of what they are given.
+    """
+    if isinstance(data, Tensor):
+        return data.clone() if data.is_inference() else data
+    if type(data) in (list, tuple):
+        return type(data)(learnable_batches(one) for one in data)
+    return data
+
+
+def check_learnable(what: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raises UserMistake for tensors of ``what`` that nothing can be learnt from, as told in ``learnable_batches``."""
+    if any(x is not None and x.is_inference() for x in tensors):
+        raise UserMistake(
+            f"{what}: yields tensors made under torch.inference_mode, which nothing can be learnt from; give clones of "
+            "them, made outside"
+        )
+
+
 def private_copy(model: Any, passes: Sequence[Pass]) -> nn.Module:
     """A copy on the CPU, in evaluation mode, of what is within wrappers.
 
@@ -118,6 +147,12 @@ def private_copy(model: Any, passes: Sequence[Pass]) -> nn.Module:
     model = inner if isinstance(inner, nn.Module) else model
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise UserMistake(f"model: is wrapped in {type(model).__name__}; give its .module")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserMistake(
+                f"model: {name or 'it'} is a torch.jit program (traced or scripted), whose layers cannot be changed; "
+                "give the module that it was made of"
+            )
     _refuse_tied(model, passes)
     for parameter in model.parameters():
         if parameter.device.type == "meta":
@@ -134,13 +169,28 @@ def private_copy(model: Any, passes: Sequence[Pass]) -> nn.Module:
                 f"model: {name or 'it'} is parametrized; make its weights plain first "
                 "(torch.nn.utils.parametrize.remove_parametrizations)"
             )
+    # Copies of tensors made under torch.inference_mode would be such tensors again.
+    known: dict[int, Any] = {id(x): _learnable(x) for x in _tensors_of(model) if x.is_inference()}
     try:
-        copied: nn.Module = copy.deepcopy(model).cpu().eval()
+        copied: nn.Module = copy.deepcopy(model, known).cpu().eval()
         return copied
     except (RuntimeError, TypeError) as error:
         raise UserMistake(
             f"model: cannot be copied ({first_line(error, 150)}); detach the tensors that it keeps, or build it anew"
         ) from None
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and what modules keep beside them."""
+    for module in model.modules():
+        for value in vars(module).values():
+            several = value.values() if isinstance(value, dict) else (value,)
+            yield from (x for x in several if isinstance(x, Tensor))
+
+
+def _learnable(x: Tensor) -> Tensor:
+    made = x.detach().clone()
+    return nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made
 
 
 def _refuse_tied(model: nn.Module, passes: Sequence[Pass]) -> None:

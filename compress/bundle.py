@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +30,11 @@ def write_bundle(result: CompressionResult, out: Path) -> Path:
         RunStopped: the model does not run in float32 or cannot be written as ONNX, or onnxruntime computes something
             else.
     """
-    from compress.result import check_empty
+    from compress.result import check_empty, staged
 
     check_empty(out)
     in_float32(result.model, result.example)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    staging.mkdir()
-    try:
+    with staged(out) as staging:
         result.write(staging)
         onnx = write_onnx(result.model, result.example, staging)
         gaps = check_onnx(onnx, result.model, result.example)
@@ -52,9 +47,6 @@ def write_bundle(result: CompressionResult, out: Path) -> Path:
             "largest_difference": {str(batch): gap for batch, gap in gaps.items()},
         }
         atomic_write_json(staging / "latency.json", card)
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # after the rename this name is gone
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,10 @@ _SMALL_VIT = {
     "num_heads": 1,
     "num_classes": 1,
 }
+
+
+# Of names with a colon or a slash timm takes what lies in a folder, or on the network.
+_TIMM_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)
 
 
 def origin_of(model: nn.Module) -> Origin:
@@ -88,13 +93,18 @@ def base_of(origin: Mapping[str, Any], trust: Iterable[str] = ()) -> nn.Module:
 def _from_timm(origin: Mapping[str, Any]) -> nn.Module:
     import timm
 
-    kwargs = origin.get("kwargs", {})
+    name, kwargs = origin.get("name"), origin.get("kwargs", {})
+    if not (isinstance(name, str) and _TIMM_NAME.fullmatch(name) and timm.is_model(name)):
+        raise UserMistake(
+            f"origin: timm name {name!r}: timm {timm.__version__} has no such model (see timm.list_models()), and "
+            "nothing is fetched from elsewhere"
+        )
     # What a file says must not make timm read further files, or the network.
     if reads := [
         name for name in kwargs if name.startswith("pretrained") or name in ("checkpoint_path", "cache_dir")
     ]:
         raise UserMistake(f"origin: {reads[0]!r} is not allowed; weights come with the saved model")
-    model: nn.Module = timm.create_model(str(origin["name"]), pretrained=False, **kwargs)
+    model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
     return model
 
 

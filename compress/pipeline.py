@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.arguments import check_plain_arguments, device_of, passes_of, private_copy, target_of
+from compress.arguments import (
+    check_learnable,
+    check_plain_arguments,
+    device_of,
+    learnable_batches,
+    passes_of,
+    private_copy,
+    target_of,
+)
 from compress.budgeting import Costs, Fit, fitting_passes
 from compress.data import Judge, Judgement, Sources
 from compress.fits import Look, check_fits, example_of, look_at
@@ -107,14 +115,19 @@ def compress(
         report=report,
     )
     tell = report or logger.info
-    with lent_generators(seed):
+    # Passes train, whatever mode they are called in.
+    with torch.inference_mode(False), torch.enable_grad(), lent_generators(seed):
         chosen = passes_of(passes)
         check_order(chosen)
         place = target_of(target)
         where = device_of(device, place)
         original = private_copy(model, chosen)
-        data = Sources(train, validation, seed, chosen, loss)
+        sources = learnable_batches(train), learnable_batches(validation)
+        data = Sources(*sources, seed, chosen, loss)
         looks = [look_at(one, name) for name, one in data.sources()]
+        for look in looks:
+            if look.name == "train":
+                check_learnable(look.name, (*look.inputs, look.labels))
         inputs = _inputs(example, original, looks)
         check_fits(original, inputs, looks, data.loss)
         start = _start(original, origin, inputs, savable, tell)
@@ -339,7 +352,7 @@ def _inputs(
 ) -> tuple[Tensor, ...]:
     """Of one call with one sample, on the CPU."""
     given = (example,) if isinstance(example, Tensor) else example
-    return tuple(x[:1].detach().cpu() for x in given or example_of(model, *looks))
+    return tuple(learnable_batches(x[:1].detach().cpu()) for x in given or example_of(model, *looks))
 
 
 def _start(

@@ -2,74 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from compress._record import DESCRIPTION, FORMAT, Step, read_description
 from compress.origins import base_of, origin_of
 from compress.outputs import relative_gap
 from compress.saved import describe, rebuild, tensors_of
 from compress.structure import StructureError
-from nas.errors import UserMistake
-from nas.files import CorruptFile, read_record, write_record
+from nas.errors import UserMistake, first_line
+from nas.files import CorruptFile, sweep_temporary, write_record
 from nas.report.formats import format_count, format_interval
 from nas.weights import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["FORMAT", "CompressionResult", "Step", "load"]
+__all__ = ["FORMAT", "CompressionResult", "Step", "load", "why_not_savable"]
 
-FORMAT = "nas-compressed-1"
-_DESCRIPTION = "compressed.json"
+_staging = threading.Lock()
+_staged: set[Path] = set()
 _WEIGHTS = "weights.safetensors"
 _EXAMPLE = "example.safetensors"
 _TOLERANCE = 1e-5
 """Of the outputs' size: the same layers computed in the same order differ by nothing."""
-_NOT_BUILT = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
-"""What constructors raise that are given what does not fit."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """The model after one pass (or the original, the first step).
-
-    Attributes:
-        name: of the pass, with its options.
-        params, macs: numbers, and multiply-accumulates of one sample; ``uncounted`` operators are not in them.
-        latency: ``nas.latency.LatencyResult`` as JSON, in the session of all steps; None when not measured.
-        ratio: ``nas.latency.Pair`` against the original as JSON.
-        metrics: of the validation data; ``accuracy`` among them for classes.
-        agreement: share of the validation samples with the same predicted class as the original, in [0, 1].
-        seconds: what the pass took.
-        notes: what it had to say.
-    """
-
-    name: str
-    params: int
-    macs: int
-    uncounted: tuple[str, ...] = ()
-    latency: dict[str, Any] | None = None
-    ratio: dict[str, Any] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    agreement: float | None = None
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {**asdict(self), "uncounted": list(self.uncounted), "notes": list(self.notes)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Step:
-        """The inverse of ``to_dict``."""
-        return cls(**{**data, "uncounted": tuple(data["uncounted"]), "notes": tuple(data["notes"])})
+_NOT_BUILT = (
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+"""What constructors raise that are given what does not fit; RecursionError is among them."""
 
 
 @dataclass
@@ -138,14 +113,8 @@ class CompressionResult:
         """
         out = Path(directory)
         check_empty(out)
-        staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        try:
+        with staged(out) as staging:
             self.write(staging)
-            os.replace(staging, out)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # after the rename this name is gone
         return out
 
     def write(self, directory: Path) -> None:
@@ -159,6 +128,7 @@ class CompressionResult:
             "format": FORMAT,
             "origin": origin,
             "structure": described,
+            "frozen": _frozen(self.model),
             "weights_sha256": digest,
             "example_sha256": example,
             "steps": [step.to_dict() for step in self.steps],
@@ -166,7 +136,7 @@ class CompressionResult:
             "budget": self.budget,
             "facts": self.facts,
         }
-        write_record(directory / _DESCRIPTION, record)
+        write_record(directory / DESCRIPTION, record)
         again = load(directory, trust=trust).model
         if reason := _other_outputs(again, self.model, self.example):
             raise StructureError(reason)
@@ -190,24 +160,24 @@ def load(directory: str | Path, *, trust: Iterable[str] = ()) -> CompressionResu
         CorruptFile: a file is damaged.
     """
     place = Path(directory)
-    path = place / _DESCRIPTION
-    if not path.exists():
-        raise UserMistake(
-            f"{place}: holds no {_DESCRIPTION}; give a directory written by 'nas compress' or .save()"
-        )
-    record = read_record(path)
-    if record.get("format") != FORMAT:
-        raise UserMistake(f"{path}: format {record.get('format')!r}; this version reads {FORMAT}")
+    path = place / DESCRIPTION
+    record = read_description(path)
     trust = [name for name in trust if name]
     try:
         model = rebuild(record["structure"], base_of(record["origin"], trust), trust)
-    except _NOT_BUILT as error:
-        if isinstance(error, UserMistake):
-            raise
-        raise UserMistake(f"{path}: cannot be built here ({type(error).__name__}: {error})") from None
+    except UserMistake as error:
+        raise UserMistake(f"{path}: {error}") from None
+    except (*_NOT_BUILT, MemoryError) as error:
+        raise UserMistake(
+            f"{path}: cannot be built here ({type(error).__name__}: {first_line(error, 200)})"
+        ) from None
     state, _ = load_tensors(place / _WEIGHTS, record["weights_sha256"])
-    _fill(model, state, path)
+    _fill(model, state, record["frozen"], path)
     examples, _ = load_tensors(place / _EXAMPLE, record["example_sha256"])
+    if not examples or examples.keys() != {str(n) for n in range(len(examples))}:
+        raise CorruptFile(
+            place / _EXAMPLE, f"holds {', '.join(sorted(examples)) or 'nothing'}, not 0, 1, ..."
+        )
     return CompressionResult(
         model=model.eval(),
         steps=tuple(Step.from_dict(step) for step in record["steps"]),
@@ -233,11 +203,12 @@ def why_not_savable(
         base = base_of(origin, trust)
         with torch.random.fork_rng(devices=[]):  # making modules draws weights
             again = rebuild(describe(model, base), base, trust).eval()
-        _fill(again, {name: x.detach() for name, x in tensors_of(model).items()}, Path("the model"))
+        state = {name: x.detach() for name, x in tensors_of(model).items()}
+        _fill(again, state, _frozen(model), Path("the model"))
     except (UserMistake, CorruptFile) as error:
         return str(error)
     except _NOT_BUILT as error:
-        return f"{type(model).__name__}: cannot be built again ({type(error).__name__}: {error})"
+        return f"{type(model).__name__}: cannot be built again ({type(error).__name__}: {first_line(error, 200)})"
     return _other_outputs(again, model, example)
 
 
@@ -257,14 +228,53 @@ def _other_outputs(again: nn.Module, model: nn.Module, example: tuple[Tensor, ..
     )
 
 
+@contextlib.contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A directory beside ``out`` to write into, which becomes ``out`` when the block ends and goes when it raises.
+
+    What writers that were killed have left beside ``out`` is removed first.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with _staging:
+        if (
+            not _staged
+        ):  # by its name, what another thread is writing could be of a killed process of our number
+            with contextlib.suppress(OSError):  # what is another user's stays
+                sweep_temporary(out.parent)
+        staging.mkdir()
+        _staged.add(staging)
+    try:
+        yield staging
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # after the rename this name is gone
+        _staged.discard(staging)
+
+
 def check_empty(out: Path) -> None:
     """Raises UserMistake when ``out`` is there and no empty directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserMistake(f"{out}: not an empty directory; give a new one")
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    own = tensors_of(model)
+def _frozen(model: nn.Module) -> list[str]:
+    """Names of the parameters that do not learn though they could."""
+    return sorted(
+        name
+        for name, one in model.named_parameters(remove_duplicate=False)
+        if _may_learn(one) and not one.requires_grad
+    )
+
+
+def _may_learn(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], frozen: Iterable[str], path: Path) -> None:
+    own, fixed = tensors_of(model), set(frozen)
+    if unknown := sorted(fixed - own.keys()):
+        raise CorruptFile(path, f"it names {unknown[0]!r} as frozen, which the model does not have")
     if own.keys() != state.keys():
         wrong = sorted(own.keys() ^ state.keys())[:3]
         raise CorruptFile(path, f"its weights and its structure disagree ({', '.join(wrong)}, ...)")
@@ -280,7 +290,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         if leaf in owner._parameters:
             # Tied parameters come from the file as one tensor and stay one parameter.
             if id(value) not in parameters:
-                learns = value.is_floating_point() or value.is_complex()
+                learns = _may_learn(value) and name not in fixed
                 parameters[id(value)] = nn.Parameter(value.clone(), requires_grad=learns)
             # By setattr, because recurrent layers of torch keep a second list of their weights.
             setattr(owner, leaf, parameters[id(value)])

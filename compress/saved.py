@@ -37,7 +37,8 @@ _SMALLEST: Mapping[str, tuple[Any, ...]] = {
         ("GELU", "ReLU", "ReLU6", "SiLU", "Sigmoid", "Tanh", "Hardswish", "LeakyReLU", "ELU", "Softplus"), ()
     ),
     **dict.fromkeys(
-        ("Identity", "Dropout", "DropPath", "Sequential", "ModuleList", "Flatten", "Softmax"), ()
+        ("Identity", "Dropout", "DropPath", "PatchDropout", "Sequential", "ModuleList", "Flatten", "Softmax"),
+        (),
     ),
     **dict.fromkeys(("AvgPool2d", "MaxPool2d", "AdaptiveAvgPool2d", "ZeroPad2d", "LayerScale", "Mlp"), (1,)),
     "GroupNorm": (1, 1),
@@ -249,6 +250,8 @@ def _put_tensor(module: nn.Module, name: str, facts: Any) -> None:
         wanted = getattr(torch, str(dtype), None)
         if not isinstance(wanted, torch.dtype):
             raise UserMistake(f"the saved model's {name} has unknown type {dtype!r}")
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise UserMistake(f"the saved model's {name} has the shape {shape}, which no tensor has")
         empty = torch.empty(shape, dtype=wanted)
     if kind == "parameter":
         may_learn = empty is not None and (empty.is_floating_point() or empty.is_complex())

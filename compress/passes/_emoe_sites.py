@@ -147,7 +147,7 @@ def _half(layer: nn.Linear, part: int) -> nn.Linear:
     rows = slice(part * size, (part + 1) * size)
     made = nn.Linear(1, 1, bias=layer.bias is not None)
     made.in_features, made.out_features = layer.in_features, size
-    made.weight = nn.Parameter(layer.weight.detach()[rows])
+    made.weight = nn.Parameter(layer.weight.detach()[rows], requires_grad=layer.weight.requires_grad)
     if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach()[rows])
+        made.bias = nn.Parameter(layer.bias.detach()[rows], requires_grad=layer.bias.requires_grad)
     return made.train(layer.training)

@@ -18,6 +18,7 @@ from spaces.layers.low_rank import LowRankConv2d, LowRankLinear, SplitLowRankLin
 
 __all__ = ["Layer", "Part", "factorised", "find_layers", "fingerprint", "put"]
 
+_FACTORISED = (LowRankConv2d, LowRankLinear, SplitLowRankLinear)
 _RIDGE = 1e-3
 """Share of the plain weights' spectrum that is mixed into a measured one: few samples say nothing of the rest."""
 
@@ -59,6 +60,8 @@ class Layer:
 
     Attributes:
         names: all names of the module in the model.
+        module: as it is: a full layer, or one that is factorised already.
+        whole: the full layer that computes the same; ``module`` itself where it is one.
         parts: one, or three of a fused qkv.
         positions: output positions of one sample, over all calls: MACs are ``positions`` times weights.
         shape: of its input in a call with one sample.
@@ -66,11 +69,15 @@ class Layer:
     """
 
     names: tuple[str, ...]
-    module: nn.Linear | nn.Conv2d
+    module: nn.Module
     positions: int
     shape: tuple[int, ...]
     parts: list[Part] = field(default_factory=list)
     sensitivity: float = 1.0
+    whole: nn.Linear | nn.Conv2d = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.whole = _whole(self.module)
 
     @property
     def name(self) -> str:
@@ -80,16 +87,16 @@ class Layer:
     @property
     def inputs(self) -> int:
         """Numbers that one output is made of."""
-        return self.module.weight[0].numel()
+        return self.whole.weight[0].numel()
 
     @property
     def outputs(self) -> int:
         """Output channels."""
-        return len(self.module.weight)
+        return len(self.whole.weight)
 
     def dense(self) -> int:
         """Weights as it is."""
-        return self.inputs * self.outputs
+        return sum(x.numel() for name, x in self.module.named_parameters() if name.endswith("weight"))
 
     def per_rank(self, parts: int = 1) -> int:
         """Weights of one more rank, of one of ``parts`` equal parts."""
@@ -114,7 +121,8 @@ def find_layers(
 ) -> list[Layer]:
     """The layers that can be factorised, with their spectra; the model is left as it was.
 
-    A Linear or an ungrouped Conv2d that the example really calls, and whose weight nobody else reads.
+    A Linear or an ungrouped Conv2d that the example really calls, and whose weight nobody else reads; one that is
+    factorised already counts as one layer, which a smaller rank may be found for.
 
     Args:
         only, skip: parts of names (between dots, or whole names) of layers looked at, and left alone; () is all.
@@ -144,7 +152,7 @@ def find_layers(
 
 def factorised(layer: Layer, ranks: Sequence[int]) -> nn.Module:
     """The layer at these ranks, one for each part; on its device, of its type."""
-    old = layer.module
+    old = layer.whole
     has_bias = old.bias is not None
     made: nn.Module
     if isinstance(old, nn.Conv2d):
@@ -192,6 +200,10 @@ def fingerprint(model: nn.Module) -> tuple[float, ...]:
     return tuple(float(p.detach().double().norm()) for p in model.parameters())
 
 
+def _whole(module: Any) -> nn.Linear | nn.Conv2d:
+    return module.whole() if isinstance(module, _FACTORISED) else module
+
+
 def _candidates(
     model: nn.Module, only: Sequence[str], skip: Sequence[str], least: int
 ) -> dict[nn.Module, list[str]]:
@@ -202,12 +214,16 @@ def _candidates(
             module, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
         ):
             closed |= {f"{name}.{inner}".lstrip(".") for inner, _ in module.named_modules() if inner}
+        if isinstance(module, _FACTORISED):
+            closed |= {f"{name}.{inner}".lstrip(".") for inner, _ in module.named_modules() if inner}
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear:
+        if isinstance(module, LowRankConv2d):
+            sizes = (module.in_channels * module.down.weight[0, 0].numel(), module.out_channels)
+        elif type(module) is nn.Linear or isinstance(module, (LowRankLinear, SplitLowRankLinear)):
             sizes = (module.in_features, module.out_features)
         elif type(module) is nn.Conv2d and module.groups == 1:
             sizes = (module.in_channels * module.weight[0, 0].numel(), module.out_channels)
@@ -218,7 +234,9 @@ def _candidates(
     return {
         module: names
         for module, names in found.items()
-        if owners[id(module.weight)] == len(names)
+        if all(
+            owners[id(x)] == len(names) for name, x in module.named_parameters() if name.endswith("weight")
+        )
         and not any(_named(name, skip) for name in names)
         and (not only or any(_named(name, only) for name in names))
     }
@@ -232,11 +250,9 @@ def _called(model: nn.Module, named: dict[nn.Module, list[str]], example: tuple[
     layers: dict[nn.Module, Layer] = {}
 
     def note(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        positions = output.numel() // len(module.weight)
-        if module in layers:
-            layers[module].positions += positions
-        else:
-            layers[module] = Layer(tuple(named[module]), module, positions, tuple(inputs[0].shape))
+        if module not in layers:
+            layers[module] = Layer(tuple(named[module]), module, 0, tuple(inputs[0].shape))
+        layers[module].positions += output.numel() // layers[module].outputs
 
     with ExitStack() as stack, torch.no_grad():
         for module in named:
@@ -269,12 +285,12 @@ def _moments(
         return {}
     found: dict[str, list[Tensor]] = {}
 
-    def watch(name: str) -> Any:
+    def watch(name: str, whole: nn.Linear | nn.Conv2d) -> Any:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            y = output.movedim(1, -1) if isinstance(module, nn.Conv2d) else output
+            y = output.movedim(1, -1) if isinstance(whole, nn.Conv2d) else output
             y = y.reshape(-1, y.shape[-1]).float()
-            if module.bias is not None:
-                y = y - module.bias
+            if whole.bias is not None:
+                y = y - whole.bias.to(y.device)
             new = [torch.tensor(float(len(y))), y.sum(0).double().cpu(), (y.T @ y).double().cpu()]
             old = found.get(name)
             found[name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
@@ -284,14 +300,14 @@ def _moments(
     with ExitStack() as stack:
         for layer in layers:
             module = model.get_submodule(layer.name)
-            stack.callback(module.register_forward_hook(watch(layer.name)).remove)
+            stack.callback(module.register_forward_hook(watch(layer.name, layer.whole)).remove)
         for inputs in seen:
             model(*inputs)
     return found
 
 
 def _parts(layer: Layer, count: int, moments: list[Tensor] | None) -> list[Part]:
-    weight = layer.module.weight.detach().flatten(1).double().cpu()
+    weight = layer.whole.weight.detach().flatten(1).double().cpu()
     made = []
     for number, rows in enumerate(weight.chunk(count)):
         # All outputs lie in the span of the weights: a small problem where there are fewer inputs than outputs.
@@ -301,7 +317,7 @@ def _parts(layer: Layer, count: int, moments: list[Tensor] | None) -> list[Part]
             n, total, second = moments
             here = slice(number * len(rows), (number + 1) * len(rows))
             measured = second[here, here] / n
-            if layer.module.bias is not None:  # the mean can go into the bias, and needs no direction
+            if layer.whole.bias is not None:  # the mean can go into the bias, and needs no direction
                 mean = total[here] / n
                 measured = measured - torch.outer(mean, mean)
             measured = span.T @ measured @ span

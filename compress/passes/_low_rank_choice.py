@@ -162,22 +162,22 @@ class Speed:
         )
         words = f"up to rank {limit}" if limit else "at no rank, they stay as they are"
         return limit, (
-            f"layers like {layer.name} ({layer.inputs} -> {layer.outputs}) on {context.target}, time against the full "
-            f"layer: {figures}; {self.keep.replace('_', ' ')} {words}"
+            f"layers like {layer.name} ({layer.inputs} -> {layer.outputs}) on {context.target}, time against the "
+            f"layer as it is: {figures}; {self.keep.replace('_', ' ')} {words}"
         )
 
 
 def _shape(layer: Layer) -> tuple[Any, ...]:
-    module = layer.module
+    module = layer.whole
     window: tuple[Any, ...] = ()
     if isinstance(module, nn.Conv2d):
         window = (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
     has_bias = module.bias is not None
-    return (layer.inputs, layer.outputs, window, layer.shape, len(layer.parts), has_bias)
+    return (layer.inputs, layer.outputs, layer.dense(), window, layer.shape, len(layer.parts), has_bias)
 
 
 def _input(layer: Layer) -> Tensor:
     # Batch 1: repeating it to the target's batch is the measurement's business.
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(layer.shape, generator=generator)
-    return made[:1] if isinstance(layer.module, nn.Conv2d) else made.reshape(1, -1, layer.shape[-1])
+    return made[:1] if isinstance(layer.whole, nn.Conv2d) else made.reshape(1, -1, layer.shape[-1])

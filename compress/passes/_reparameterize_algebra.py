@@ -58,20 +58,20 @@ def parallel(branches: Sequence[Branch], *, dearer: bool = False) -> nn.Module |
         or any(one is not None and type(one) not in _CONVS and not is_norm(one) for one in branches)
     ):
         return None
+    # Whose kernel has most weights; along an axis another branch may reach further.
     largest: Any = max(convs, key=lambda one: one.weight[0, 0].numel())  # type: ignore[union-attr, index]
     inputs, outputs, dims = largest.in_channels, largest.out_channels, len(largest.kernel_size)
     parts = [_as_kernel(one, inputs, dims, largest) for one in branches]
-    shape = _geometry(largest)
-    if shape is None or any(
-        part is None
-        or part[2] != (type(largest), inputs, outputs, largest.stride)
-        or any(k - 2 * p != a - 2 * b for k, p, a, b in zip(*part[3], *shape, strict=True))
-        for part in parts
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or any(
+        part[2] != (type(largest), inputs, outputs, largest.stride) for part in known
     ):
         return None
-    known = [part for part in parts if part is not None]
+    shape = tuple(tuple(map(max, zip(*(part[3][side] for part in known), strict=True))) for side in (0, 1))
+    if any(k - 2 * p != a - 2 * b for part in known for k, p, a, b in zip(*part[3], *shape, strict=True)):
+        return None
     groups = math.gcd(*(part[4] for part in known))
-    kernel = torch.zeros(outputs, inputs // groups, *largest.kernel_size, dtype=torch.float64)
+    kernel = torch.zeros(outputs, inputs // groups, *shape[0], dtype=torch.float64)
     bias = torch.zeros(outputs, dtype=torch.float64)
     for weight, offset, _, (_, padding), own_groups in known:
         grouped = _regrouped(weight, own_groups, groups, inputs)
@@ -82,7 +82,7 @@ def parallel(branches: Sequence[Branch], *, dearer: bool = False) -> nn.Module |
     if not dearer and kernel.numel() > sum(part[0].numel() for part in known):
         return None
     made = copy.deepcopy(largest)
-    made.groups = groups
+    made.groups, made.kernel_size, made.dilation = groups, shape[0], (1,) * dims
     made.padding, made.padding_mode = shape[1], "zeros"
     made._reversed_padding_repeated_twice = [p for p in reversed(shape[1]) for _ in range(2)]
     return _with(made, kernel, bias)

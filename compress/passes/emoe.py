@@ -67,7 +67,8 @@ class Emoe(Pass):
         noise: of the gate in training, at least 0; its standard deviation is ``noise / N``.
         momentum: of the average gate's refresh from the keys after each step, in [0, 1).
         official: as in the authors' code: the experts of a learned gate sum up to weight 1 instead of k (far from the
-            dense network, until trained), and the balancing loss compares softmax values with logits.
+            dense network, until trained; a single expert has its value of the softmax), and the balancing loss compares
+            softmax values with logits.
         keep: only networks that are ``faster`` on the target as experts (measured, on the example) are split, or
             ``anyway``. With ``back`` nothing is measured.
         seconds: of measuring for each kind of network, above 0.
@@ -242,8 +243,9 @@ class Emoe(Pass):
         known = (hashlib.blake2b(keys.numpy().tobytes()).hexdigest(), count, self.grouping, seed)
         if known not in self._groups:
             self._groups[known] = group_units(keys, count, self.grouping, seed)
-        total = 1.0 if self.official and self.gate == "learned" else None
-        form = {"gate": self.gate, "capacity": self.capacity, "total": total}
+        form: dict[str, Any] = {"gate": self.gate, "capacity": self.capacity}
+        if self.official and self.gate == "learned":
+            form |= {"weighting": "shares", "total": 1.0} if k > 1 else {"weighting": "scores"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a learned gate starts at random
             return split(site, self._groups[known], k, **form)

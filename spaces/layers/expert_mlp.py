@@ -13,7 +13,6 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spaces.errors import UserMistake, nearest
+from spaces.layers.expert_choice import WEIGHTINGS, by_expert, choose
 from spaces.layers.expert_gates import CosineGate, KeyGate
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ExpertMlp", "Experts"]
+__all__ = ["ExpertMlp", "Experts", "restore", "stay_frozen"]
 
 _FORMS = ("auto", "grouped", "masked")
 
@@ -62,8 +62,13 @@ class Experts(nn.Module, ABC):
         capacity: an expert takes at most ``k * int(capacity * ceil(T / N))`` tokens; those with the highest score of
             their first choice come first, first choices before second ones. What does not fit contributes nothing,
             its share 1 / k of the bias included, so that outputs depend on the rest of the batch. 0: no limit.
-        total: what the weights of a token's experts sum up to with a learned gate: k keeps the size of the dense
-            network's outputs, 1 is the original's, whose bias is then divided by k as well. None: k.
+        weighting: ``ones``; ``shares``: of the softmax, of ``total``; ``scores``: values of the softmax as they are.
+            None: shares with a learned gate, else ones.
+        total: what shares sum up to: k keeps the size of the dense network's outputs, 1 is the original's, whose bias
+            is then divided by k as well. None: k.
+        prioritised: with a capacity, the highest scores come first, as told; else what lies in front of the batch.
+        own_biases: each expert adds a bias of its own, which is no share of a common one: that of the original after
+            a training. The dense network's is then k times their mean.
         form: ``auto``, ``grouped`` or ``masked``.
         key_bias, value_bias: whether hidden units and outputs have a bias.
         gate_width: of the learned gate.
@@ -88,10 +93,13 @@ class Experts(nn.Module, ABC):
         out: int | None = None,
         gate: str = "average",
         capacity: float = 0.0,
+        weighting: str | None = None,
         total: float | None = None,
+        prioritised: bool = True,
         form: str = "auto",
         key_bias: bool = True,
         value_bias: bool = True,
+        own_biases: bool = False,
         gate_width: int = 256,
         act: nn.Module | None = None,
     ):
@@ -108,18 +116,25 @@ class Experts(nn.Module, ABC):
                 f"capacity={capacity} must be 0 (no limit) or above, total={total} above 0, "
                 f"gate_width={gate_width} at least 1"
             )
-        for name, value, known in (("gate", gate, self.gates), ("form", form, _FORMS)):
+        weighting = weighting or ("shares" if gate == "learned" else "ones")
+        for name, value, known in (
+            ("gate", gate, self.gates),
+            ("form", form, _FORMS),
+            ("weighting", weighting, WEIGHTINGS),
+        ):
             if value not in known:
                 raise UserMistake(f"{name}={value!r}{nearest(value, known)}; allowed: {', '.join(known)}")
         self.dim, self.hidden, self.experts, self.k = dim, hidden, experts, k
         self.out = dim if out is None else out
         self.kind, self.capacity, self.form = gate, capacity, form
+        self.weighting, self.prioritised, self.own_biases = weighting, prioritised, own_biases
         self.total = float(k) if total is None else float(total)
         self.act = nn.GELU() if act is None else act
         self.keys = nn.Parameter(torch.zeros(hidden, dim))
         self.register_parameter("key_bias", nn.Parameter(torch.zeros(hidden)) if key_bias else None)
         self.values = nn.Parameter(torch.zeros(hidden, self.out))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(self.out)) if value_bias else None)
+        biases = torch.zeros(experts, self.out) if own_biases else torch.zeros(self.out)
+        self.register_parameter("bias", nn.Parameter(biases) if value_bias else None)
         self.register_buffer("units", torch.arange(hidden))
         self.gate: CosineGate | KeyGate = (
             CosineGate(dim, experts, gate_width)
@@ -137,10 +152,13 @@ class Experts(nn.Module, ABC):
             "out": self.out,
             "gate": self.kind,
             "capacity": self.capacity,
+            "weighting": self.weighting,
             "total": self.total,
+            "prioritised": self.prioritised,
             "form": self.form,
             "key_bias": self.key_bias is not None,
             "value_bias": self.bias is not None,
+            "own_biases": self.own_biases,
             "gate_width": self.gate.width if isinstance(self.gate, CosineGate) else 256,
         }
 
@@ -187,8 +205,9 @@ class Experts(nn.Module, ABC):
 
     def by_logits(self, x: Tensor, logits: Tensor) -> Tensor:
         """Outputs (T, out) for inputs (T, d) where the gate says ``logits`` (T, N)."""
-        if self.k == self.experts and self.kind != "learned" and not self.capacity:
-            return self._summed(self.activations(x, slice(None)) @ self.values, None)
+        if self.k == self.experts and self.weighting == "ones" and not self.capacity:
+            made, bias = self.activations(x, slice(None)) @ self.values, self._common_bias()
+            return made if bias is None else made + bias
         chosen, weights = self._choose(logits)
         if weights is not None:
             weights = weights.to(x.dtype)
@@ -202,33 +221,14 @@ class Experts(nn.Module, ABC):
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Experts of each token, best first, (T, k), and their weights (T, k); None where all are 1."""
-        # Not those of the softmax: where one expert is far ahead, the others' are all 0.
-        chosen = logits.topk(self.k, dim=1).indices
-        scores = logits.softmax(dim=1).gather(1, chosen)
-        weights: Tensor | None = None
-        if self.kind == "learned":
-            weights = scores * (self.total / scores.sum(dim=1, keepdim=True))
-        if self.capacity:
-            fits = self._within_capacity(scores[:, 0], chosen)
-            weights = fits if weights is None else weights * fits
-        return chosen, weights
-
-    def _within_capacity(self, best: Tensor, chosen: Tensor) -> Tensor:
-        """1 for those of the (T, k) choices that find room in their experts, else 0."""
-        # By topk, and sizes by shape: exporters know neither a stable sort nor len of what they keep open.
-        order = best.topk(best.shape[0]).indices
-        rivals = functional.one_hot(
-            chosen[order].t().reshape(-1), self.experts
-        )  # (k T, N), first choices in front
-        place = (rivals.cumsum(0) * rivals).sum(1)
-        fits = (place <= self._room(best.shape[0])).to(best.dtype).view(self.k, -1).t()
-        return torch.zeros_like(fits).scatter(0, order[:, None].expand(-1, self.k), fits)
-
-    def _room(self, tokens: int) -> int:
-        # In whole numbers, because a size that an exporter keeps open cannot go through int(float); and in positive
-        # ones, because ONNX divides towards zero.
-        share = Fraction(self.capacity).limit_denominator(10_000)
-        return self.k * (((tokens + self.experts - 1) // self.experts * share.numerator) // share.denominator)
+        return choose(
+            logits,
+            self.k,
+            self.weighting,
+            total=self.total,
+            capacity=self.capacity,
+            prioritised=self.prioritised,
+        )
 
     def _worth_grouping(self, x: Tensor) -> bool:
         if self.training or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
@@ -246,17 +246,17 @@ class Experts(nn.Module, ABC):
         return self.dim + self.out
 
     def _masked(self, hidden: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
-        ones = (
-            hidden.new_ones(()).expand(chosen.shape)
-            if weights is None
-            else weights.to(hidden.dtype)  # autocast
-        )
-        mask = torch.zeros_like(hidden[:, : self.experts]).scatter(1, chosen, ones)
+        mask = self._mask(hidden, chosen, weights)
         kept = hidden.view(-1, self.experts, self.size) * mask[:, :, None]
-        return self._summed(kept.reshape(-1, self.hidden) @ self.values, weights)
+        return self._summed(kept.reshape(-1, self.hidden) @ self.values, chosen, weights)
+
+    def _mask(self, like: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
+        """Weight of every expert for every token, (T, N), of the type of ``like``."""
+        ones = like.new_ones(()).expand(chosen.shape) if weights is None else weights.to(like.dtype)
+        return like.new_zeros(()).expand(chosen.shape[0], self.experts).scatter(1, chosen, ones)
 
     def _grouped(self, x: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
-        order, loads = self._by_expert(chosen, weights)
+        order, loads = by_expert(chosen, weights, self.experts, self.capacity)
         tokens = order // self.k
         shares = None if weights is None else weights.reshape(-1)[order][:, None]
         if len(order) * self.dim <= _AT_ONCE:
@@ -267,7 +267,7 @@ class Experts(nn.Module, ABC):
             hidden = hidden if shares is None else hidden * shares
             parts = [rows @ self.values[self._span(e)] for e, rows in enumerate(hidden.split(loads))]
             made = x.new_zeros(len(x), self.out).index_add_(0, tokens, torch.cat(parts).to(x.dtype))
-            return self._summed(made, weights)
+            return self._summed(made, chosen, weights)
         made = x.new_zeros(len(x), self.out)
         for e, (mine, at) in enumerate(
             zip(tokens.split(loads), torch.arange(len(order)).split(loads), strict=True)
@@ -275,32 +275,26 @@ class Experts(nn.Module, ABC):
             hidden = self.activations(x[mine], self._span(e))
             hidden = hidden if shares is None else hidden * shares[at]
             made.index_add_(0, mine, (hidden @ self.values[self._span(e)]).to(x.dtype))
-        return self._summed(made, weights)
-
-    def _by_expert(self, chosen: Tensor, weights: Tensor | None) -> tuple[Tensor, list[int]]:
-        """Positions among the T k choices, sorted by expert and without those that found no room; how many each has."""
-        pairs = chosen.reshape(-1)
-        if pairs.is_meta:  # only shapes are asked for
-            count = len(pairs)
-            if self.capacity:
-                count = min(count, self.experts * self._room(len(chosen)))
-            each, more = divmod(count, self.experts)
-            return pairs[:count], [each + (e < more) for e in range(self.experts)]
-        if self.capacity and weights is not None:
-            pairs = pairs.masked_fill(weights.reshape(-1) == 0, self.experts)
-        loads = torch.bincount(pairs, minlength=self.experts)[: self.experts].tolist()
-        return pairs.argsort(stable=True)[: sum(loads)], loads
+        return self._summed(made, chosen, weights)
 
     def _span(self, expert: int) -> slice:
         return slice(expert * self.size, (expert + 1) * self.size)
 
-    def _summed(self, made: Tensor, weights: Tensor | None) -> Tensor:
-        """With the bias, of which every expert has the share 1 / k."""
+    def _summed(self, made: Tensor, chosen: Tensor, weights: Tensor | None) -> Tensor:
+        """With the bias, of which every expert has the share 1 / k, or one of its own."""
         if self.bias is None:
             return made
+        if self.own_biases:
+            return made + self._mask(made, chosen, weights) @ self.bias.to(made.dtype)
         if weights is None:
             return made + self.bias
         return made + self.bias * (weights.sum(dim=1, keepdim=True) / self.k)
+
+    def _common_bias(self) -> Tensor | None:
+        """What k experts of the mean bias add, (out,)."""
+        if self.bias is None or not self.own_biases:
+            return self.bias
+        return self.bias.mean(0) * self.k
 
     @classmethod
     def _filled(
@@ -343,15 +337,26 @@ class Experts(nn.Module, ABC):
             self.key_bias.copy_(keys.bias[self.units])
         if self.bias is not None and values.bias is not None:
             self.bias.copy_(values.bias)
-
-    def _restore(self, layer: Any, weight: Tensor, bias: Tensor | None) -> None:
-        layer.weight = nn.Parameter(weight.detach().clone())
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone())
+        stay_frozen(self.keys, keys.weight)
+        stay_frozen(self.key_bias, keys.bias)
+        stay_frozen(self.values, values.weight)
+        stay_frozen(self.bias, values.bias)
 
     def _original(self) -> Tensor:
         """Position in the experts of every unit in the original order, (h,)."""
         return self.units.argsort()
+
+
+def stay_frozen(own: Tensor | None, given: Tensor | None) -> None:
+    """``own`` learns where ``given``, which it comes from, did."""
+    if own is not None and given is not None:
+        own.requires_grad_(given.requires_grad)
+
+
+def restore(layer: nn.Module, name: str, value: Tensor | None, like: Tensor | None) -> None:
+    """A copy of ``value`` as parameter ``name`` of ``layer``, which learns where ``like`` does; None leaves it."""
+    if value is not None and like is not None:
+        setattr(layer, name, nn.Parameter(value.detach().clone(), requires_grad=like.requires_grad))
 
 
 class ExpertMlp(Experts):
@@ -386,6 +391,8 @@ class ExpertMlp(Experts):
         biases = (self.key_bias is not None, self.bias is not None)
         options: dict[str, Any] = {"act_layer": lambda: copy.deepcopy(self.act), "bias": biases}
         made = Mlp(self.dim, self.hidden, self.out, **options)
-        self._restore(made.fc1, self.keys[back], None if self.key_bias is None else self.key_bias[back])
-        self._restore(made.fc2, self.values[back].t().contiguous(), self.bias)
+        restore(made.fc1, "weight", self.keys[back], self.keys)
+        restore(made.fc1, "bias", None if self.key_bias is None else self.key_bias[back], self.key_bias)
+        restore(made.fc2, "weight", self.values[back].t().contiguous(), self.values)
+        restore(made.fc2, "bias", self._common_bias(), self.bias)
         return made.train(self.training)

@@ -11,7 +11,7 @@ from timm.layers.mlp import GluMlp, SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spaces.layers.expert_mlp import Experts
+from spaces.layers.expert_mlp import Experts, restore, stay_frozen
 
 __all__ = ["ExpertSwiGLU"]
 
@@ -67,6 +67,8 @@ class ExpertSwiGLU(Experts):
             made.factors.copy_(factors.weight[made.units])
             if made.factor_bias is not None and factors.bias is not None:
                 made.factor_bias.copy_(factors.bias[made.units])
+        stay_frozen(made.factors, factors.weight)
+        stay_frozen(made.factor_bias, factors.bias)
         made.refresh_gate()
         return made.train(keys.training)
 
@@ -117,14 +119,17 @@ class ExpertSwiGLU(Experts):
         if self.packed:
             step = -1 if self.keys_last else 1
             made = GluMlp(self.dim, 2 * self.hidden, self.out, gate_last=self.keys_last, **options)
-            self._restore(made.fc1, torch.cat(rows[::step]), torch.cat(biases[::step]) if has_bias else None)
+            restore(made.fc1, "weight", torch.cat(rows[::step]), self.keys)
+            restore(made.fc1, "bias", torch.cat(biases[::step]) if has_bias else None, self.key_bias)
         else:
             made = SwiGLU(self.dim, self.hidden, self.out, **options)
-            for layer, weight, bias in zip(
-                (made.fc1_g, made.fc1_x), rows, biases or (None, None), strict=True
-            ):
-                self._restore(layer, weight, bias)
-        self._restore(made.fc2, self.values[back].t().contiguous(), self.bias)
+            pairs = zip(rows, biases or (None, None), strict=True)
+            likes = ((self.keys, self.key_bias), (self.factors, self.factor_bias))
+            for layer, (weight, bias), like in zip((made.fc1_g, made.fc1_x), pairs, likes, strict=True):
+                restore(layer, "weight", weight, like[0])
+                restore(layer, "bias", bias, like[1])
+        restore(made.fc2, "weight", self.values[back].t().contiguous(), self.values)
+        restore(made.fc2, "bias", self._common_bias(), self.bias)
         return made.train(self.training)
 
     def _gating_rows(self) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["LowRankConv2d", "LowRankLinear", "SplitLowRankLinear"]
+
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 
 
 class LowRankLinear(nn.Module):
@@ -37,6 +39,10 @@ class LowRankLinear(nn.Module):
             "rank": self.rank,
             "bias": self.up.bias is not None,
         }
+
+    def whole(self) -> nn.Linear:
+        """The one layer that computes the same."""
+        return _linear(_product(self.up, self.down.weight), self.up.bias, self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -67,6 +73,14 @@ class SplitLowRankLinear(nn.Module):
             "ranks": list(self.ranks),
             "bias": any(name.endswith("bias") for name, _ in self.ups.named_parameters()),
         }
+
+    def whole(self) -> nn.Linear:
+        """The one layer that computes the same."""
+        pairs = zip(self.ups, self.down.weight.split(self.ranks), strict=True)
+        biases = [up.bias for up in self.ups if isinstance(up.bias, Tensor)]
+        weight = torch.cat([_product(up, down) for up, down in pairs])
+        bias = nn.Parameter(torch.cat(biases), biases[0].requires_grad) if biases else None
+        return _linear(weight, bias, self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -120,6 +134,34 @@ class LowRankConv2d(nn.Module):
             **self._shape,
         }
 
+    def whole(self) -> nn.Conv2d:
+        """The one layer that computes the same."""
+        window: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self._shape.items()
+        }
+        made = nn.Conv2d(self.in_channels, self.out_channels, bias=self.up.bias is not None, **window)
+        weight = _product(self.up, self.down.weight.flatten(1)).reshape(made.weight.shape)
+        return _filled(made, weight, self.up.bias, self.down)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) -> (B, out, H', W')."""
         return self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _product(up: Any, down: Tensor) -> Tensor:
+    """(out, in) of both factors, rounded once."""
+    made: Tensor = up.weight.flatten(1).double() @ down.double()
+    return made.to(down.dtype)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
+    return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None), weight, bias, like)
+
+
+def _filled(made: _Layer, weight: Tensor, bias: Tensor | None, like: nn.Linear | nn.Conv2d) -> _Layer:
+    """``made`` with these values, which learn where those of ``like`` and ``bias`` do."""
+    made.weight = nn.Parameter(weight, requires_grad=like.weight.requires_grad)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return made.train(like.training)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from compress.finetune import finetune
 from compress.passes import make_pass
 from compress.passes._ofb_supernet import Supernet
 from compress.passes.base import Context
+from compress.passes.emoe import merge_experts
 from nas.errors import UserMistake
 from tests.compress._sit_models import batches, context, deit, slimmings
 
@@ -102,6 +104,27 @@ def test_nothing_to_train_is_told_at_the_start(
     text = rf"every parameter of VisionTransformer is frozen \(requires_grad=False\); .* or give {option}=0"
     with pytest.raises(UserMistake, match=text):
         make_pass(name).apply(deit().requires_grad_(False), context(epochs=1))
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "gated", "packed"])
+def test_frozen_parts_of_experts_stay_frozen(kind: str, back: bool) -> None:
+    layers: dict[str, Any] = {"plain": Mlp, "gated": SwiGLU, "packed": GluMlp}
+    model: Any = deit(mlp_layer=layers[kind])
+    first = "fc1_g" if kind == "gated" else "fc1"
+    frozen = (f"blocks.0.mlp.{first}.weight", "blocks.0.mlp.fc2.bias")
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    options = {"experts": 4, "k": 2, "layers": [0], "keep": "anyway", "learning_rate": 1e-2}
+    made: Any = make_pass("emoe", back=back, epochs=1, **options).apply(model, context(epochs=1))
+    split = made if not back else make_pass("emoe", **options, epochs=0).apply(made, context(epochs=0))
+    learns = {name: one.requires_grad for name, one in split.blocks[0].mlp.named_parameters()}
+    fixed = {"keys", "bias"} | ({"factors"} if kind == "packed" else set())
+    assert {name for name, one in learns.items() if not one} == fixed
+    merged = made if back else merge_experts(made)
+    assert {name for name, one in merged.named_parameters() if not one.requires_grad} == set(frozen)
+    for name, before in model.named_parameters():
+        assert torch.equal(merged.get_parameter(name), before) == (name in frozen), name
 
 
 def test_slimmings_of_a_frozen_model_learn_alone() -> None:

@@ -234,6 +234,21 @@ def loaded_norm(state: dict[str, Tensor], prefix: str, eps: float) -> nn.BatchNo
     return norm.eval()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("more", [(), (3,)])
+def test_one_branch_is_wider_and_another_higher(more: tuple[int, ...]) -> None:
+    wide = nn.Conv2d(4, 6, (1, 5), padding=(0, 2), dilation=(2, 1))  # of a single row, dilation means nothing
+    high = nn.Conv2d(4, 6, (3, 1), padding=(1, 0))
+    branches = [one.double() for one in (wide, high, *(conv(4, 6, size, padding=1) for size in more))]
+    made: Any = parallel(branches, dearer=True)
+    assert made.kernel_size == (3, 5)
+    assert made.padding == (1, 2)
+    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    torch.testing.assert_close(made(x), sum(one(x) for one in branches), rtol=0, atol=1e-13)
+    # 15 numbers for each pair of channels instead of 5 + 3, or of 5 + 3 + 9.
+    assert (parallel(branches) is None) == (not more)
+
+
 def test_strided_branches_and_those_of_other_geometry() -> None:
     assert parallel([conv(4, 4, 3, padding=1, stride=2), conv(4, 4, 1, stride=2)]) is not None
     assert parallel([conv(4, 4, 3, padding=1), conv(4, 4, 1, stride=2)]) is None

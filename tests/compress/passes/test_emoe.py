@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers.mlp import GluMlp, SwiGLU
-from torch import Tensor, nn
+from torch import nn
 
 from compress.passes import make_pass
 from compress.passes._emoe_grouping import balanced_kmeans, group_units, inertia
@@ -18,7 +18,7 @@ from compress.passes.base import Context
 from compress.passes.emoe import Emoe, merge_experts
 from nas.errors import UserMistake
 from nas.profile import compare
-from spaces.layers.expert_gates import CosineGate
+from spaces.layers.expert_loading import load_emoe, load_emoe_swiglu
 from spaces.layers.expert_mlp import ExpertMlp, Experts
 from spaces.layers.expert_swiglu import ExpertSwiGLU
 from tests.compress.models import small_vit
@@ -28,29 +28,9 @@ from tests.golden_vectors import Golden, golden, golden_json
 AVERAGE = ("emoe-avgk", "emoe-avgk-k-half", "emoe-avgk-capacity")
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
-    return layer
-
-
-def from_golden(vectors: Golden, k: int | None = None, **options: Any) -> ExpertMlp:
-    state = vectors.state
-    fc1 = linear(state["dense.fc1.weight"], state["dense.fc1.bias"])
-    fc2 = linear(state["dense.fc2.weight"], state["dense.fc2.bias"])
-    labels = vectors.inputs["cluster_ids"].long()
-    made = ExpertMlp.of(fc1, fc2, nn.GELU(), labels, k or vectors.facts["args"]["top_k"], **options).eval()
-    if isinstance(made.gate, CosineGate):
-        own = {
-            "temperature": "temperature",
-            "similarity": "sim_matrix",
-            "projector.weight": "cosine_projector.weight",
-            "projector.bias": "cosine_projector.bias",
-        }
-        made.gate.load_state_dict({mine: state[f"moe.gates.0.{theirs}"] for mine, theirs in own.items()})
-    return made
+def from_golden(vectors: Golden, capacity: float = 0.0, **options: Any) -> ExpertMlp:
+    arguments = {**vectors.facts["args"], "capacity_factor": capacity, **options}
+    return load_emoe(vectors.state, cluster_ids=vectors.inputs["cluster_ids"], **arguments)
 
 
 # -- vectors of the original -------------------------------------------------------------------------------------------
@@ -62,9 +42,8 @@ def from_golden(vectors: Golden, k: int | None = None, **options: Any) -> Expert
 def test_golden_experts(name: str, form: str) -> None:
     vectors = golden(name)
     args, x = vectors.facts["args"], vectors.inputs["x"]
-    options = {"gate": "learned", "total": 1.0} if name == "emoe-learn" else {}
-    free = from_golden(vectors, form=form, **options)
-    limited = from_golden(vectors, form=form, capacity=args["capacity_factor"], **options)
+    free = from_golden(vectors, form=form)
+    limited = from_golden(vectors, form=form, capacity=args["capacity_factor"])
     near = {"rtol": 1e-5, "atol": 2e-6}
     torch.testing.assert_close(free(x), vectors.outputs["y_no_drop"], **near)
     torch.testing.assert_close(limited(x), vectors.outputs["y_capacity"], **near)
@@ -74,11 +53,14 @@ def test_golden_experts(name: str, form: str) -> None:
     loss = balance_loss(logits, logits, args["top_k"], args["gate_noise"], official=True)
     torch.testing.assert_close(loss, vectors.outputs["l_aux"][0], rtol=1e-5, atol=1e-7)
     if name in AVERAGE:
-        dense = from_golden(vectors, k=args["num_experts"], form=form)(x)
-        torch.testing.assert_close(dense, vectors.outputs["dense"], **near)
         # The original divides the bias by k, so that all experts carry too much of it.
-        surplus = vectors.state["dense.fc2.bias"] * (args["num_experts"] / args["top_k"] - 1)
-        torch.testing.assert_close(dense + surplus, vectors.outputs["y_all_experts"], **near)
+        every = from_golden(vectors, top_k=args["num_experts"], form=form)
+        torch.testing.assert_close(every(x), vectors.outputs["y_all_experts"], **near)
+        dense = free.dense()
+        torch.testing.assert_close(dense(x), vectors.outputs["dense"], **near)
+        for own in ("fc1.weight", "fc1.bias", "fc2.weight"):
+            assert torch.equal(dense.get_parameter(own), vectors.state[f"dense.{own}"])
+        torch.testing.assert_close(dense.fc2.bias, vectors.state["dense.fc2.bias"], rtol=1e-6, atol=0)
 
 
 def test_golden_capacity_really_drops() -> None:
@@ -103,33 +85,29 @@ def test_golden_grouping_is_at_least_as_tight(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("output", "gate", "k"),
+    ("output", "select", "k"),
     [
-        ("y", "average", 2),
-        ("y_select_gate", "average", 2),
+        ("y", "gate", 2),
+        ("y_select_gate", "gate", 2),
         ("y_select_up", "up", 2),
         ("y_select_up_abs", "up_abs", 2),
         ("y_select_inter", "inter", 2),
         ("y_select_inter_abs", "inter_abs", 2),
-        ("y_topk_all", "average", 8),
+        ("y_topk_all", "gate", 8),
         ("dense", "inter", 8),
     ],
 )
-def test_golden_swiglu(output: str, gate: str, k: int, form: str) -> None:
+def test_golden_swiglu(output: str, select: str, k: int, form: str) -> None:
     vectors = golden("emoe-swiglu")
-    layers = [linear(vectors.state[f"rearranged.{name}_proj.weight"]) for name in ("gate", "up", "down")]
-    labels = torch.arange(48) // 6  # the rearranged units lie expert by expert
-    made = ExpertSwiGLU.of(*layers, nn.SiLU(), labels, k, gate=gate, form=form).eval()
+    options = {"n_expert": 8, "topk": k, "select": select, "form": form}
+    made = load_emoe_swiglu(vectors.state, prefix="rearranged", **options)
     torch.testing.assert_close(made(vectors.inputs["x"]), vectors.outputs[output], rtol=1e-5, atol=1e-5)
 
 
 def test_golden_gate_refresh() -> None:
     vectors = golden("emoe-gate-refresh")
-    keys, old = vectors.state["before.experts.batched_fc1_w"], vectors.state["before.gates.0.wg.weight"]
     for momentum, name in ((0.0, "gate_after_refresh"), (0.9, "gate_after_refresh_momentum_0.9")):
-        made = ExpertMlp(12, 32, 4, 2)
-        made.keys.data = keys.flatten(0, 1)
-        made.gate.weight.copy_(old)
+        made = load_emoe(vectors.state, model_dim=12, num_experts=4, top_k=2, hidden=32)
         made.refresh_gate(momentum)
         torch.testing.assert_close(made.gate.weight, vectors.outputs[name], rtol=1e-6, atol=1e-7)
 
