@@ -40,6 +40,7 @@ def profile(
     from nas.errors import UserMistake
     from nas.files import atomic_write_json
     from nas.profile import compare
+    from nas.profile.skeleton import packed_modules
     from nas.sources import load_source
 
     check_writable({"--json": json_file})
@@ -48,20 +49,35 @@ def profile(
         raise UserMistake(
             f"{model}: an ONNX file has no modules to count; give the model that it was exported from"
         )
-    inputs = source.make_inputs(batch, torch.Generator().manual_seed(0))
-    comparison = compare(source.model, inputs)
+    try:
+        inputs = source.make_inputs(batch, torch.Generator().manual_seed(0))
+        comparison = compare(source.model, inputs)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise UserMistake(
+            f"--batch {batch}: {model} called with it does not fit into memory; give a smaller one"
+        ) from None
     console = Console(highlight=False)
     shapes = ", ".join("x".join(map(str, x.shape)) for x in inputs)
     console.print(Text(f"{source.name} called with {shapes}"), soft_wrap=True)
     console.print(_totals(comparison))
     if per_module:
         console.print(_modules(comparison, source.model))
-    _remarks(console, comparison)
+    packed = packed_modules(source.model)
+    _remarks(console, comparison, packed)
     if json_file is not None:
-        facts = {"model": source.name, "key": source.key, "inputs": [list(x.shape) for x in inputs]}
+        facts: dict[str, Any] = {"model": source.name, "key": source.key, "packed": packed}
+        facts["inputs"] = [list(x.shape) for x in inputs]
         atomic_write_json(json_file, {**facts, **comparison.to_dict()})
     if comparison.disagreements or comparison.failures:
         raise typer.Exit(1)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has no kind of its own for memory of the CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 
 
 def _totals(comparison: Comparison) -> Table:
@@ -76,11 +92,15 @@ def _modules(comparison: Comparison, model: nn.Module) -> Table:
     from rich.text import Text
 
     from nas.profile import inclusive
+    from nas.profile.skeleton import uncompiled_name
 
     counts = {name: inclusive(count.modules) for name, count in comparison.counts.items()}
     columns = list(counts) if comparison.disagreements else list(counts)[:1]
     names = sorted({name for modules in counts.values() for name in modules}, key=_natural)
-    params = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
+    params = {
+        uncompiled_name(name): sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+    }
     suffixes = [f" {name}" for name in columns] if len(columns) > 1 else [""]
     heads = [f"{figure}{suffix}" for figure in ("MACs", "activations") for suffix in suffixes]
     table = _table("module", "parameters", *heads)
@@ -99,7 +119,7 @@ def _natural(name: str) -> list[Any]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".") if part]
 
 
-def _remarks(console: Console, comparison: Comparison) -> None:
+def _remarks(console: Console, comparison: Comparison, packed: list[str]) -> None:
     from rich.text import Text
 
     def line(text: str, style: str) -> None:
@@ -111,6 +131,9 @@ def _remarks(console: Console, comparison: Comparison) -> None:
         line(f"warning: the counters disagree on {found}", "bold red")
     if comparison.uncounted:
         line(f"not counted: {', '.join(comparison.uncounted)}", "yellow")
+    if packed:
+        names = ", ".join(name or "the model itself" for name in packed)
+        line(f"not among the parameters, because they are packed: the quantized weights of {names}", "yellow")
     if any(count.method == "data" for count in comparison.counts.values()):
         line("counted with data: the figures hold for inputs like these", "yellow")
     if not comparison.disagreements and not comparison.failures:

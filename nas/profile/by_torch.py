@@ -4,7 +4,9 @@ Its own: mm, addmm, bmm, baddbmm, convolutions. Ours: products with vectors, add
 transforms, the fused recurrent layer of CPUs, registered operators; and attention is forced into matrix products,
 because a fused kernel has no formula on every device: on a CPU scaled_dot_product_attention counts nothing in torch
 2.15. It counts two operations for one multiply-accumulate. What falls apart into element-wise operators before it
-reaches a device (vecdot), and operators that are called with functions, are taken as they are called from Python.
+reaches a device (vecdot), becomes several products there that are one by the convention (complex convolutions), or
+several transforms of which only the whole has a name (hfft2), and operators that are called with functions, are taken
+as they are called from Python.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from nas.profile.skeleton import Scopes, is_heavy, plain_kernels
 from nas.profile.tally import Tally
 
 __all__ = [
+    "CONVOLUTIONS",
     "HIGHER_ORDER",
     "OUR_FORMULAS",
     "UNDIVIDED",
     "Recorder",
     "count_by_torch",
     "function_name",
+    "is_complex",
+    "is_complex_convolution",
     "operator_name",
     "registered_work",
     "unseen",
@@ -83,6 +88,23 @@ def _flex_attention(out: Any, /, query: Tensor, key: Tensor, value: Tensor, *_: 
     return formulas.attention(query.shape, key.shape, value.shape)
 
 
+def _convolved(out: Tensor, /, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Work:
+    return formulas.convolution(out.shape, weight.shape)
+
+
+def _transposed(out: Tensor, /, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Work:
+    return formulas.transposed_convolution(input.shape, out.shape, weight.shape)
+
+
+CONVOLUTIONS: dict[str, Callable[..., Work]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
+}
+"""By ``function_name``."""
+
+_NAMED = ("fft_hfft2", "fft_ihfft2", "fft_hfftn", "fft_ihfftn")
+"""Without a formula, though what they fall apart into has one: no counter that sees them whole can count the same."""
+
 UNDIVIDED: dict[str, Callable[..., Work]] = {
     "linalg_vecdot": _vector_products,
     "higher_order::flex_attention": _flex_attention,
@@ -129,6 +151,16 @@ def function_name(func: Any) -> str:
         namespace, name = operator_name(func)
         return name if namespace == "aten" else f"{namespace}::{name}"
     return str(getattr(func, "__name__", repr(func)))
+
+
+def is_complex(value: Any) -> bool:
+    """Whether it is a tensor of complex numbers."""
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def is_complex_convolution(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether torch makes three real convolutions of this call."""
+    return function_name(func) in CONVOLUTIONS and any(map(is_complex, tree_leaves((args, kwargs))))
 
 
 def _schema_shapes(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[formulas.Shape]:
@@ -211,15 +243,15 @@ class _Undivided(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        work_of = UNDIVIDED.get(name)
+        work_of = CONVOLUTIONS[name] if is_complex_convolution(func, args, kwargs) else UNDIVIDED.get(name)
         if isinstance(func, HIGHER_ORDER):
             formula = formulas.formula_of(name)
             work_of = work_of if formula is None else registered_work(func, formula)
-        elif work_of is None:
+        elif work_of is None and name not in _NAMED:
             return func(*args, **kwargs)
         result = unseen(func, args, kwargs)
         if work_of is None:
-            self._recorder.note(func)
+            self._recorder.uncounted.add(name)
         else:
             work = work_of(result, *args, **kwargs)
             self.work += work

@@ -15,7 +15,7 @@ from nas.profile.by_thop import count_by_thop
 from nas.profile.by_torch import count_by_torch
 from nas.profile.default import with_or_without_data
 from nas.profile.formulas import NOTHING, Work
-from nas.profile.tally import Count, Tally
+from nas.profile.tally import Count, MissingCounter, Tally
 
 __all__ = ["COUNTERS", "Comparison", "Disagreement", "compare", "count"]
 
@@ -53,7 +53,7 @@ class Comparison:
 
     Attributes:
         counts: by counter, in the order asked for.
-        failures: counters that could not run this model, with the reason.
+        failures: counters that could not run this model, or whose package is not installed, with the reason.
         disagreements: where the counts differ, module by module; empty when all agree exactly.
     """
 
@@ -109,7 +109,7 @@ def compare(
     """Count one call of ``model`` in evaluation mode by several counters; the model is not changed.
 
     Raises:
-        UserMistake: no counter of that name, or a counter's package is not installed.
+        UserMistake: no counter of that name, or none whose package is installed.
         Exception: what the model raises when called with ``inputs``; that is, if no counter can run it.
     """
     counts: dict[str, Count] = {}
@@ -118,6 +118,9 @@ def compare(
     for name in counters:
         try:
             counts[name] = count(name, model, inputs)
+        except MissingCounter as missing:
+            failures[name] = first_line(missing)
+            error = error or missing
         except UserMistake:
             raise
         except Exception as problem:  # a counter that cannot follow a model is told of, the others go on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from nas.errors import UserMistake, first_line
 from nas.profile.by_torch import count_by_torch
-from nas.profile.skeleton import empty, refuse_lazy, refuse_scripts, skeleton
+from nas.profile.skeleton import empty, full_copy, refuse_lazy, refuse_scripts, skeleton
+from nas.profile.tally import MissingCounter
 
 __all__ = ["Profile", "profile", "with_or_without_data"]
 
@@ -75,6 +75,8 @@ def with_or_without_data(
     refuse_lazy(model)
     try:
         return count(_frozen(skeleton(model)), [empty(x) for x in inputs]), "meta"
+    except MissingCounter:
+        raise
     except (
         Exception
     ) as error:  # anything may go wrong without data; with data the model's own errors come out
@@ -86,7 +88,7 @@ def with_or_without_data(
                 f"{type(model).__name__} or its inputs are on the meta device and it cannot run without data "
                 f"({first_line(error, 200)}); build it and its inputs on the CPU"
             ) from error
-    return count(_frozen(copy.deepcopy(model)), [x.detach() for x in inputs]), "data"
+    return count(_frozen(full_copy(model)), [x.detach() for x in inputs]), "data"
 
 
 def _frozen(model: nn.Module) -> nn.Module:

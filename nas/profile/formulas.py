@@ -16,10 +16,12 @@ __all__ = [
     "attention",
     "chain",
     "convolution",
+    "covariance",
     "einsum",
     "formula_of",
     "fourier",
     "fourier_call",
+    "framed_fourier",
     "matrix_power",
     "matrix_product",
     "multi_head_attention",
@@ -99,6 +101,12 @@ def matrix_power(square: Shape, exponent: int) -> Work | None:
     products = max(0, exponent.bit_length() - 1) + max(0, exponent.bit_count() - 1)
     once = matrix_product(square, square[-1])
     return Work(products * once.macs, products * once.activations)
+
+
+def covariance(given: Shape) -> Work:
+    """``torch.cov``, ``torch.corrcoef``: (variables, observations), or the observations of one, by their transpose."""
+    rows = given[0] if len(given) > 1 else 1
+    return matrix_product((rows, rows), given[-1] if given else 1)
 
 
 def chain(shapes: Sequence[Shape]) -> Work:
@@ -188,6 +196,17 @@ def fourier(batch: int, sizes: Shape, out: Shape, *, real: bool) -> Work:
     points = math.prod(sizes)
     each = round((1.25 if real else 2.5) * points * math.log2(points)) if points else 0
     return Work(batch * each, math.prod(out))
+
+
+def framed_fourier(frames: Shape, points: int, *, complex_signal: bool, back: bool) -> Work:
+    """``torch.stft`` and, ``back``, ``torch.istft``: a transform of ``points`` for each of the frames.
+
+    Args:
+        frames: (..., frequencies, frames), without a dimension for real and imaginary part.
+    """
+    count = math.prod(frames[:-2]) * frames[-1]
+    written = (count, points) if back else frames
+    return fourier(count, (points,), written, real=not complex_signal)
 
 
 _FROM_REAL = ("rfft", "rfft2", "rfftn", "ihfft")

@@ -17,7 +17,18 @@ from torch.nn.parameter import is_lazy
 
 from nas.errors import UserMistake
 
-__all__ = ["Scopes", "empty", "is_heavy", "plain_kernels", "refuse_lazy", "refuse_scripts", "skeleton"]
+__all__ = [
+    "Scopes",
+    "empty",
+    "full_copy",
+    "is_heavy",
+    "packed_modules",
+    "plain_kernels",
+    "refuse_lazy",
+    "refuse_scripts",
+    "skeleton",
+    "uncompiled_name",
+]
 
 # Without a formula, and either of more work than element-wise operators or hiding a whole layer.
 _HEAVY = re.compile(
@@ -67,7 +78,41 @@ def skeleton(model: nn.Module) -> nn.Module:
                     memo[id(value)] = nn.Parameter(empty(value), requires_grad=value.requires_grad)
                 elif isinstance(value, Tensor):
                     memo[id(value)] = empty(value)
+    return _uncompiled_copy(model, memo)
+
+
+def full_copy(model: nn.Module) -> nn.Module:
+    """A copy with its data."""
+    return _uncompiled_copy(model, {})
+
+
+def _uncompiled_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy with the module itself in place of what torch.compile has put around it, which no trace can enter."""
+    for module in reversed(list(model.modules())):  # the innermost first
+        if type(module).__name__ == "OptimizedModule" and isinstance(
+            module._modules.get("_orig_mod"), nn.Module
+        ):
+            memo[id(module)] = copy.deepcopy(module._modules["_orig_mod"], memo)
     return copy.deepcopy(model, memo)
+
+
+def uncompiled_name(name: str) -> str:
+    """The name that a module of the model has in ``skeleton``."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+_PACKED = ("_packed_params", "_packed_weight_ih", "_all_weight_values")
+
+
+def packed_modules(model: nn.Module) -> list[str]:
+    """Names of quantized modules that keep their weights packed for a kernel, where they are no parameters."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        quantized = re.match(r"torch\.ao\.nn\.(intrinsic\.)?quantized\.", type(module).__module__)
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if quantized and not inside and any(hasattr(module, attribute) for attribute in _PACKED):
+            found.append(name)
+    return found
 
 
 def empty(x: Tensor) -> Tensor:

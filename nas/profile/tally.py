@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nas.errors import UserMistake
 from nas.profile.formulas import NOTHING, Work
 
-__all__ = ["Count", "Tally", "inclusive"]
+__all__ = ["Count", "MissingCounter", "Tally", "inclusive"]
+
+
+class MissingCounter(UserMistake):
+    """The package of a counter is not there; others can count."""
+
+    def __init__(self, counter: str, why: ImportError, packages: str):
+        super().__init__(f"the counter {counter} cannot be imported ({why}); pip install {packages}")
 
 
 @dataclass
