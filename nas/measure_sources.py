@@ -20,6 +20,7 @@ from nas.latency.measure import Options, measure_together
 from nas.latency.reference import check_scale_file
 from nas.latency.result import Session
 from nas.latency.rounds import Plan
+from nas.latency.runtimes import RUNTIMES
 from nas.latency.target import Target
 from nas.source_inputs import Extent
 
@@ -72,12 +73,13 @@ def measure_sources(
         scale: file of the reference's times; sessions that share it share a scale, and their figures compare.
         stall_seconds: silence after which a model counts as hanging while it is built and first called (in the rounds
             ``plan.max_seconds`` more). By default 300, or 900 where the runtime compiles.
-        on_progress: told which model is visited (``visit``), which round was made (``round``), and which model was
-            left out (``failed``, with its ``reason``).
+        on_progress: told which model is visited (``visit``), that the device is waited for (``wait``, with ``held_by``
+            while another process measures on it: its id, or None where that is not known), which round was made
+            (``round``), and which model was left out (``failed``, with its ``reason``).
 
     Raises:
         UserMistake: an unknown model or target, a size that does not fit, models with different inputs that are to be
-            compared, a ``scale`` that is another kind of file.
+            compared, a ``scale`` that is another kind of file, an ONNX file for a runtime that reads none.
     """
     parsed = Target.parse(target)
     parsed.check()
@@ -85,6 +87,7 @@ def measure_sources(
         _check_size(parsed, size)
     if scale is not None:
         check_scale_file(scale)
+    _check_onnx(texts, parsed)
     plan = plan or Plan(max_seconds=30.0)
     payload = {
         "target": target,
@@ -124,6 +127,16 @@ def _check_size(target: Target, size: str) -> None:
         replace(target, size=size)
     except UserMistake as mistake:
         raise UserMistake(f"--size {size}: {str(mistake).partition('; ')[2] or mistake}") from None
+
+
+def _check_onnx(texts: Sequence[str], target: Target) -> None:
+    """Before anything is asked of the file: what it lacks does not matter to a runtime that cannot read it."""
+    found = [path for text in texts if (path := Path(text)).suffix.lower() == ".onnx" and path.is_file()]
+    if found and not RUNTIMES.get(target.runtime).reads_onnx:
+        raise UserMistake(
+            f"target {str(target)!r}: {found[0]} is an ONNX file, which {target.runtime} does not read; "
+            "use +onnxruntime, +openvino or +tensorrt"
+        )
 
 
 def _attempt(payload: dict[str, Any], texts: dict[str, str], watch: _Watch) -> Session | str:
@@ -261,12 +274,17 @@ def job(payload: dict[str, Any], channel: Any) -> dict[str, Any]:
             channel.event({"visit": name})
             source = load_source(text, size=payload["size"])
             inputs = inputs_for(target, source.make_inputs, seed=payload["plan"]["seed"])
+            if not all(inputs):
+                raise UserMistake(
+                    f"model {text!r}: takes no inputs; a model is measured by calls with tensors, "
+                    "and a file may be empty or cut short"
+                )
             models[name] = (_content(source), inputs)
             keys[name] = source.key
         if payload["compare"]:
             _check_alike({name: describe_inputs(inputs) for name, (_, inputs) in models.items()})
         gate = DeviceGate(str(target.torch_device()), stale_after=_BUILD_SECONDS)
-        channel.event({"wait": "device"})
+        channel.event({"wait": "device", **_held(gate)})
         with gate.exclusive() as lease:
             return measure_together(
                 models,
@@ -283,6 +301,16 @@ def job(payload: dict[str, Any], channel: Any) -> dict[str, Any]:
         return {"mistake": str(mistake)}
     except LeaseLost as lost:
         return {"mistake": f"the device was taken over by another process meanwhile ({lost}); measure again"}
+
+
+def _held(gate: DeviceGate) -> dict[str, int | None]:
+    """Who measures on the device just now; empty when nobody does."""
+    files = gate._files
+    number = files.latest()
+    if not number or files.over(number):
+        return {}
+    owner = files.owner(number)
+    return {"held_by": None if owner is None else owner.pid}
 
 
 def _check_alike(inputs: Mapping[str, list[list[Any]]]) -> None:

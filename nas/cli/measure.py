@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ def measure(
     check_writable({"--json": json_file, "--plot": plot, "--scale": scale})
     if plot is not None:
         report.picture_format(plot)
+        _check_drawing()
     if scale is not None:
         check_scale_file(scale)
     if compare and len(models) == 1:
@@ -107,6 +109,16 @@ def measure(
             atomic_write_json(json_file, report.session_json(session, layers))
     if not session.results:
         raise typer.Exit(1)
+
+
+def _check_drawing() -> None:
+    """Raises UserMistake where nothing can be drawn: a measurement takes minutes, and the picture comes last."""
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as missing:
+        raise UserMistake(
+            f"--plot: matplotlib cannot be imported ({missing}); pip install matplotlib, or leave --plot out"
+        ) from None
 
 
 def _layers(
@@ -167,7 +179,7 @@ class _Progress:
             self._status.stop()
 
     def tell(self, event: Mapping[str, Any]) -> None:
-        """What ``measure_sources`` reports: the model it turns to, the round it has done, the model it leaves out."""
+        """What ``measure_sources`` reports: the model it turns to, what it waits for, the round it has done, ..."""
         from rich.text import Text
 
         from nas.latency.reference import REFERENCE_NAME
@@ -175,11 +187,14 @@ class _Progress:
         self._round = int(event.get("round", self._round))
         self._visit = str(event.get("visit", self._visit))
         if self._status is not None:
-            self._status.update(Text(f"round {self._round + 1}: {one_line(self._visit, 60)}"))
+            at_work = f"round {self._round + 1}: {one_line(self._visit, 60)}"
+            self._status.update(Text(_waiting(event) or at_work))
         elif "failed" in event:
             self._say(f"left out {one_line(event['failed'])}: {one_line(event['reason'])}")
         elif "wait" in event:
             self._loaded = True
+            if waiting := _waiting(event):
+                self._say(waiting)
         elif self._loaded and "visit" in event and self._visit != REFERENCE_NAME:
             self._say(f"measuring {one_line(self._visit)}")
 
@@ -193,3 +208,11 @@ class _Progress:
         from rich.text import Text
 
         self._console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _waiting(event: Mapping[str, Any]) -> str:
+    """What is said of a device that another process has; nothing while nobody has it."""
+    if "held_by" not in event:
+        return ""
+    holder = event["held_by"]
+    return f"waiting for the device{'' if holder is None else f' (held by process {holder})'}"

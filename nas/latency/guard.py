@@ -32,12 +32,13 @@ THROTTLED_PERIODS = 0
 """A control group that used up its quota stands still for up to 100 ms, so that no such period is harmless."""
 
 CLOCK_SHARE = 0.75
-"""Share of the nominal clock, or of that before the session, below which times are of another machine; NVBench drops
-samples by the same bound."""
+"""Share of the nominal clock below which times are of another machine, before the session or after it, and share of
+the faster one of the two clocks below which the other is; NVBench drops samples by the same bound."""
 
 SWITCHES_PER_SECOND = 50.0
 """Involuntary context switches of a measuring thread. With another process on its core there are 150 to 340 in a
-second and 1 to 4 ms are lost in each; at 1 ms each, 50 are the 5 % of ``WALL_CPU``."""
+second and 1 to 4 ms are lost in each; at 1 ms each, 50 are the 5 % of ``WALL_CPU``. Under real-time priority there are
+next to none: what interrupts then is real-time itself, or the kernel, and is lost time like any other."""
 
 LEAST_SWITCHES = 3
 """So few in the whole session touch too few calls to move a median."""
@@ -46,6 +47,10 @@ LEAST_QUIET = 1 / 3
 """Share of the visits with the reference near its fast tenth on both sides. Some 0.95 on an idle machine, 0.5 to 0.7
 beside a core that is busy half of the time, which is borne; where only 0.25 was quiet, models were 5 % off (up to 13 %)
 and unlike each other, whatever was done with their times."""
+
+BUSY_SECONDS = 0.02
+"""How long the reading thread computes before it reads the clocks: drivers set them every 10 ms or so, and a core that
+has just rested tells a clock at which nothing was measured."""
 
 LEVEL = 1.15
 """How far the reference may be from its long-run time. Beyond, models were 7 to 27 % off: a machine that is slow
@@ -123,10 +128,11 @@ def read_machine(
     cores: Collection[int] | None = None,
     ours: Collection[int] = (),
 ) -> Reading:
-    """Read the state of the machine, in some milliseconds (with CUDA some tens).
+    """Read the state of the machine, in some tens of milliseconds.
 
     Call it in the thread that measures, once warm-up is over and priority and cores are set, and again at once after
-    the last sample: the clocks of a device that rests say nothing.
+    the last sample: the clocks of a device that rests say nothing. The calling thread keeps its core busy for
+    ``BUSY_SECONDS`` first; of the used cores the fastest is read, so that it does not matter which of them rest.
 
     Args:
         target: for a CUDA device its state is read too.
@@ -135,9 +141,12 @@ def read_machine(
         ours: ids of processes that hold a context on the CUDA device but rest at the gate meanwhile; without them
             they count as others.
     """
+    # First, because the device rests while the core is kept busy.
+    gpu = nvml.read_gpu(target.device, ours) if target.device.startswith("cuda") else None
     used = machine.own_cores() if cores is None else tuple(sorted(cores))
     times, running = machine.read_cpu_times(root)
     quota = machine.read_quota(root)
+    _compute(BUSY_SECONDS)
     clocks = machine.read_clocks(used, root)
     switches = machine.read_switches()
     steal = tuple((core, times[core].steal) for core in sorted(times) if used is None or core in used)
@@ -162,7 +171,7 @@ def read_machine(
         thermal_throttles=machine.read_thermal_throttles(used, root),
         thread_switches=switches.thread,
         process_switches=switches.process,
-        gpu=nvml.read_gpu(target.device, ours) if target.device.startswith("cuda") else None,
+        gpu=gpu,
     )
 
 
@@ -186,7 +195,8 @@ def judge(
             flagged substitute), so that load, switches and the wall/CPU ratio do not count against it; what slows the
             core itself does.
         wall_cpu_ratio: of the calls; None where there is none (several threads, CUDA).
-        priority: ``realtime``, ``nice`` or ``none``; under the first the load of others does not matter.
+        priority: ``realtime``, ``nice`` or ``none``; under the first the load of others does not matter, as long as
+            the measuring threads are not interrupted.
 
     Raises:
         ValueError: the second reading is not later than the first, or ``clock`` or ``priority`` is unknown.
@@ -198,11 +208,10 @@ def judge(
     reasons = [*_steal(before, after), *_throttled(before, after), *_clocks(before, after)]
     if clock != "cpu":
         reasons += _ratio(wall_cpu_ratio)
-        if priority != "realtime":
-            reasons += _switches(before, after, target)
-            # The mean load of a minute still holds what had just stopped; one thread tells by itself.
-            if wall_cpu_ratio is None or before.thread_switches is None:
-                reasons += _load(before, after)
+        reasons += _switches(before, after, target, priority)
+        # The mean load of a minute still holds what had just stopped; one thread tells by itself.
+        if priority != "realtime" and (wall_cpu_ratio is None or before.thread_switches is None):
+            reasons += _load(before, after)
     return reasons + _gpu(before.gpu, after.gpu)
 
 
@@ -278,18 +287,20 @@ def _throttled(before: Reading, after: Reading) -> list[str]:
 
 
 def _clocks(before: Reading, after: Reading) -> list[str]:
-    if after.mhz is None:
-        return []
     governor = "" if after.governor is None else f", governor {after.governor}"
-    reasons = []
-    if after.nominal_mhz is not None and after.mhz < CLOCK_SHARE * after.nominal_mhz:
-        reasons.append(
-            f"the cores run at {after.mhz:.0f} of {after.nominal_mhz:.0f} MHz (bound {CLOCK_SHARE:.0%}){governor}"
-        )
-    if before.mhz is not None and after.mhz < CLOCK_SHARE * before.mhz:
-        reasons.append(
-            f"the clock fell from {before.mhz:.0f} to {after.mhz:.0f} MHz (bound {CLOCK_SHARE:.0%}){governor}"
-        )
+    bound = f"(bound {CLOCK_SHARE:.0%}){governor}"
+    reasons = [
+        f"the cores {verb} at {reading.mhz:.0f} of {reading.nominal_mhz:.0f} MHz {bound}"
+        for reading, verb in ((before, "ran"), (after, "run"))
+        if reading.mhz is not None
+        and reading.nominal_mhz is not None
+        and reading.mhz < CLOCK_SHARE * reading.nominal_mhz
+    ]
+    if before.mhz is not None and after.mhz is not None:
+        if after.mhz < CLOCK_SHARE * before.mhz:
+            reasons.append(f"the clock fell from {before.mhz:.0f} to {after.mhz:.0f} MHz {bound}")
+        elif before.mhz < CLOCK_SHARE * after.mhz:
+            reasons.append(f"the clock rose from {before.mhz:.0f} to {after.mhz:.0f} MHz {bound}")
     return reasons
 
 
@@ -303,7 +314,7 @@ def _load(before: Reading, after: Reading) -> list[str]:
     ]
 
 
-def _switches(before: Reading, after: Reading, target: Target) -> list[str]:
+def _switches(before: Reading, after: Reading, target: Target, priority: str) -> list[str]:
     threads = 1 if target.device != "cpu" else target.cpu_threads()
     counts = [_grown(before.thread_switches, after.thread_switches)]
     if threads > 1:
@@ -313,9 +324,10 @@ def _switches(before: Reading, after: Reading, target: Target) -> list[str]:
     rate = count / (after.seconds - before.seconds)
     if count <= LEAST_SWITCHES or rate <= SWITCHES_PER_SECOND:
         return []
+    with_it = "under" if priority == "realtime" else "without"
     return [
         f"each measuring thread was interrupted {rate:.0f} times a second (involuntary switches, bound "
-        f"{SWITCHES_PER_SECOND:.0f}) without real-time priority"
+        f"{SWITCHES_PER_SECOND:.0f}) {with_it} real-time priority"
     ]
 
 
@@ -341,6 +353,12 @@ def _gpu(before: nvml.Gpu | None, after: nvml.Gpu | None) -> list[str]:
         text = f"the GPU runs at {after.mhz:.0f} of {after.max_mhz:.0f} MHz (bound {CLOCK_SHARE:.0%})"
         reasons += [text] if low else []
     return reasons
+
+
+def _compute(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 def _grown(before: float | None, after: float | None) -> float | None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import nas.measure_sources
 from nas.cli.main import main
+from nas.cli.measure import _Progress
 from nas.latency.per_layer import LayerTime, LayerTimes
 from nas.latency.result import LatencyResult, Session
 from nas.report import latency_table as report
@@ -325,6 +326,21 @@ def test_foreign_names_cannot_steer_the_terminal() -> None:
     texts = [printed(report.latency_table(session)), *report.caution_lines(session)]
     assert not any("\x1b" in text for text in texts)
     assert "[red]" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"wait": "device", "held_by": 123}, "waiting for the device (held by process 123)\n"),
+        ({"wait": "device", "held_by": None}, "waiting for the device\n"),
+        ({"wait": "device"}, ""),
+    ],
+)
+def test_who_is_waited_for_is_said_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], event: dict[str, Any], said: str
+) -> None:
+    _Progress(Console(file=io.StringIO())).tell(event)
+    assert capsys.readouterr().err == said
 
 
 def test_a_wide_interval_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,21 @@ def test_json_is_looked_at_first(
 def test_files_that_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("{}")
     check_writable({"--json": tmp_path / "old", "--plot": None, "--scale": tmp_path / "new"})
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "matplotlib.figure"])
+def test_a_picture_that_cannot_be_drawn_is_told_before_the_measurement(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    text = refused(capsys, "measure", "functions.py:small", "--plot", "a.png")
+    assert "--plot: matplotlib cannot be imported (" in text
+    assert "; pip install matplotlib, or leave --plot out" in text
+
+
+def test_a_batch_that_does_not_fit_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(capsys, "profile", "functions.py:small", "--batch", str(10**15))
+    assert f"--batch {10**15}: functions.py:small called with it does not fit into memory; give a" in text
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

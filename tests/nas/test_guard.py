@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nas.latency import guard
@@ -73,8 +73,20 @@ class TestJudge:
         assert judged(after, ratio=None) == [text]
         assert judged(after, priority="nice", ratio=None) == [text]
         assert judged(after, clock="events", ratio=None) == [text]
-        assert judged(after, priority="realtime", ratio=None) == []
         assert judged(after, clock="cpu", ratio=None) == []
+
+    def test_real_time_priority_excuses_load_but_no_interruptions(self) -> None:
+        assert judged(dataclasses.replace(LATER, load=40.0), priority="realtime", ratio=None) == []
+        text = (
+            "each measuring thread was interrupted 60 times a second (involuntary switches, bound 50) "
+            "under real-time priority"
+        )
+        after = dataclasses.replace(LATER, load=40.0, thread_switches=1600)
+        assert judged(after, priority="realtime") == [text]
+        assert judged(after, priority="realtime", clock="cpu") == []
+        several = dataclasses.replace(LATER, load=40.0, process_switches=5000 + 50000)
+        [found] = judged(several, target=Target.parse("cpu:2"), ratio=None, priority="realtime")
+        assert "interrupted 2500 times a second" in found
 
     def test_the_load_before_counts_too(self) -> None:
         assert judged(before=dataclasses.replace(QUIET, load=4.0), ratio=None) == [
@@ -105,6 +117,21 @@ class TestJudge:
             "the clock fell from 3000 to 2000 MHz (bound 75%)"
         ]
         assert judged(dataclasses.replace(slow, mhz=2300)) == []
+
+    def test_the_clock_before_counts_as_well(self) -> None:
+        low = dataclasses.replace(QUIET, mhz=1000)
+        assert judged(before=low) == [
+            "the cores ran at 1000 of 3000 MHz (bound 75%), governor performance",
+            "the clock rose from 1000 to 3000 MHz (bound 75%), governor performance",
+        ]
+        assert judged(before=dataclasses.replace(low, nominal_mhz=None)) == [
+            "the clock rose from 1000 to 3000 MHz (bound 75%), governor performance"
+        ]
+        assert judged(dataclasses.replace(LATER, mhz=None), low) == [
+            "the cores ran at 1000 of 3000 MHz (bound 75%), governor performance"
+        ]
+        assert judged(before=dataclasses.replace(QUIET, mhz=2300)) == []
+        assert judged(before=dataclasses.replace(QUIET, mhz=None)) == []
 
     def test_one_tick_of_steal_in_a_short_session_is_no_reason(self) -> None:
         short = dataclasses.replace(QUIET, seconds=100.1, steal_ticks=((0, 11), (1, 50)))
@@ -201,6 +228,10 @@ def _worse_gpu(gpu: Gpu | None, by: float) -> Gpu | None:
     )
 
 
+def _slower(reading: Reading, by: float) -> Reading:
+    return dataclasses.replace(reading, mhz=None if reading.mhz is None else reading.mhz / (1 + by))
+
+
 WORSE = {
     "load": lambda r, by: {"load": _more(r.load, by)},
     "steal": lambda r, by: {
@@ -208,7 +239,6 @@ WORSE = {
     },
     "throttled": lambda r, by: {"throttled": _more(r.throttled, 1 + round(by))},
     "heat": lambda r, by: {"thermal_throttles": _more(r.thermal_throttles, 1 + round(by))},
-    "clock": lambda r, by: {"mhz": None if r.mhz is None else r.mhz / (1 + by)},
     "thread": lambda r, by: {"thread_switches": _more(r.thread_switches, round(by))},
     "process": lambda r, by: {"process_switches": _more(r.process_switches, round(by))},
     "gpu": lambda r, by: {"gpu": _worse_gpu(r.gpu, by)},
@@ -222,7 +252,7 @@ WORSE = {
     clock=st.sampled_from(["wall", "cpu", "events"]),
     ratio=_maybe(st.floats(0.5, 3)),
     priority=st.sampled_from(["realtime", "nice", "none"]),
-    how=st.sampled_from([*WORSE, "ratio", "priority", "clock name"]),
+    how=st.sampled_from([*WORSE, "slower", "slower after", "ratio", "priority", "clock name"]),
     by=st.floats(0, 1000),
 )
 def test_worse_never_becomes_trusted(
@@ -243,6 +273,12 @@ def test_worse_never_becomes_trusted(
         priority = "none"
     elif how == "clock name":
         clock = "wall"
+    elif how == "slower":
+        before, after = _slower(before, by), _slower(after, by)
+    elif how == "slower after":
+        # A clock that rose is out of bounds, too; one that is lower by less is better.
+        assume(before.mhz is None or after.mhz is None or after.mhz <= before.mhz)
+        after = _slower(after, by)
     else:
         after = dataclasses.replace(after, **WORSE[how](after, by))
     second = judged(after, before, target, clock=clock, ratio=ratio, priority=priority)
@@ -252,7 +288,7 @@ def test_worse_never_becomes_trusted(
 @given(
     after=readings(st.floats(50.001, 80)),
     before=readings(st.just(50.0)),
-    field=st.sampled_from(sorted(WORSE)),
+    field=st.sampled_from(sorted([*WORSE, "clock"])),
 )
 def test_what_is_not_told_is_no_reason(after: Reading, before: Reading, field: str) -> None:
     names = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nas.latency import machine, nvml
+from nas.latency import guard, machine, nvml
 from nas.latency.guard import Reading, judge, read_machine
 from nas.latency.machine import Clocks, CpuTimes, Quota
 from nas.latency.nvml import Gpu
@@ -36,6 +36,20 @@ class TestReading:
         assert reading.temperature == 61.5
         assert reading.thermal_throttles == 13
         assert reading.gpu is None
+
+    def test_the_core_is_kept_busy_before_its_clock_is_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done: list[str] = []
+        monkeypatch.setattr(guard, "_compute", lambda seconds: done.append(f"busy for {seconds} s"))
+
+        def read(*_: object) -> Clocks:
+            done.append("read")
+            return Clocks(None, 3000, None, None)
+
+        monkeypatch.setattr(machine, "read_clocks", read)
+        assert read_machine(CPU, root=tmp_path).mhz == 3000
+        assert done == [f"busy for {guard.BUSY_SECONDS} s", "read"]
 
     def test_the_fastest_of_several_cores(self, tmp_path: Path) -> None:
         found = machine.read_clocks([0, 1], tree(tmp_path, SERVER))

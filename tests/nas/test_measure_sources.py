@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from nas.executors import Outcome
 from nas.latency.gate import PATIENCE_SECONDS, DeviceGate
 from nas.latency.result import Session
 from nas.latency.rounds import Plan
-from nas.measure_sources import _Watch, job, measure_sources
+from nas.measure_sources import _held, _Watch, job, measure_sources
 
 FUNCTIONS = """
 import time
@@ -35,6 +36,7 @@ def wide(): return nn.Linear(16, 8), (torch.rand(1, 16),)
 def double(): return nn.Linear(8, 8).double(), (torch.rand(1, 8).double(),)
 def hanging(): return Hang(), (torch.rand(1, 8),)
 def never(): time.sleep(1000)
+def alone(): return nn.Linear(8, 8), ()
 """
 
 LIMIT = 0.5
@@ -152,6 +154,16 @@ def test_a_runtime_that_compiles_has_more_time(monkeypatch: pytest.MonkeyPatch) 
     assert limits == [300.0, 900.0, 7.0]
 
 
+def test_who_has_the_device_is_told_to_those_who_wait(tmp_path: Path) -> None:
+    gate, other = DeviceGate("cpu", tmp_path), DeviceGate("cpu", tmp_path)
+    assert _held(gate) == {}
+    with other.exclusive():
+        assert _held(gate) == {"held_by": os.getpid()}
+    with other.shared():
+        assert _held(gate) == {}  # who trains leaves at the next step
+    assert _held(gate) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hanging", "never"])
 def test_a_hanging_model_for_real(functions: str, name: str) -> None:
@@ -188,11 +200,12 @@ def test_different_inputs_are_measured_without_comparing(
 
     monkeypatch.setattr(nas.measure_sources, "measure_together", measured)
     monkeypatch.setattr(DeviceGate, "exclusive", lambda gate: contextlib.nullcontext())
+    monkeypatch.setattr(nas.measure_sources, "_held", lambda gate: {"held_by": 7})
     heard = Heard()
     texts = {name: f"{functions}:{name}" for name in ("small", "wide")}
     Session.from_dict(job(asked(texts), heard))
     assert heard.events == [  # both are loaded before the device is asked for
-        {"visit": "small"}, {"visit": "wide"}, {"wait": "device"}, {"measured": ["small", "wide"]}
+        {"visit": "small"}, {"visit": "wide"}, {"wait": "device", "held_by": 7}, {"measured": ["small", "wide"]}
     ]  # fmt: skip
 
 
@@ -211,3 +224,19 @@ def test_a_size_that_no_target_has_is_a_mistake_of_the_size() -> None:
     with pytest.raises(UserMistake, match=r"^--size 16-16: allowed: "):
         measure_sources(["a"], "cpu:1", size="16-16")
     assert "size='x'" in job(asked({"a": "a"}, size="x"), Heard())["mistake"]
+
+
+def test_a_model_without_inputs_is_named(tmp_path: Path, functions: str) -> None:
+    (tmp_path / "empty.onnx").write_bytes(b"")  # onnx reads it as a model of nothing
+    for text in (str(tmp_path / "empty.onnx"), f"{functions}:alone"):
+        told = job(asked({"m": text}, target="cpu:1+onnxruntime"), Heard())["mistake"]
+        assert told.startswith(f"model {text!r}: takes no inputs; ")
+
+
+def test_a_runtime_that_reads_no_onnx_says_so_first(tmp_path: Path) -> None:
+    path = tmp_path / "two.onnx"
+    path.write_bytes(b"whatever")
+    with pytest.raises(
+        UserMistake, match=r"^target 'cpu:1': .*two\.onnx is an ONNX file, which eager does not read"
+    ):
+        measure_sources([str(path)], "cpu:1")
