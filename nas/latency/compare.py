@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 
 from nas.latency.result import Pair, Verdict
 from nas.latency.rounds import SURE, Rounds
-from nas.latency.statistics import median_interval
-from nas.latency.visits import Track, quietest
+from nas.latency.statistics import enclosing, median_interval
+from nas.latency.visits import Track, by_place, quietest
 
 __all__ = ["MARGIN", "all_decided", "compare", "compare_all"]
 
 LEAST_PAIRED = 9
 
 MARGIN = 0.01
-"""Two copies of one model differ by up to about this share, because their weights lie elsewhere in memory."""
+"""A smaller difference is not called one: two copies of one model may differ by as much on one machine."""
 
 _QUIET_BAND = 1.25
 """What a busy neighbour core adds is more than this; what the reference scatters by itself is less."""
@@ -29,15 +29,17 @@ def compare(
     """The pair's verdict from the rounds in which both were visited while the reference was below ``ceiling``.
 
     The ratio of each round is taken between the two models' ratios to the reference, so that what the machine did
-    between the two visits does not count; between visits with no reference in between it is that of their times. Its
-    median's interval comes from order statistics and holds at 99.5 %.
+    between the two visits does not count; between visits with no reference in between it is that of their times. Where
+    the models lie in memory makes a copy of a model faster or slower by per cents, for as long as it lies there; so the
+    interval is that of the places' medians, from order statistics, and holds at 99.5 %.
     """
-    ratios = _paired(first, second, clock, ceiling)
+    ratios, places = _paired(first, second, clock, ceiling)
     if not ratios:  # they never met
         return Pair(first.name, second.name, math.nan, math.nan, math.nan, "cannot tell", margin, 0)
-    low, high = median_interval(ratios, SURE)
-    # With fewer values no interval is that sure, whatever they say.
-    verdict = _verdict(low, high, margin) if len(ratios) >= LEAST_PAIRED else "cannot tell"
+    apart = by_place(ratios, places)
+    low, high = enclosing(median_interval(ratios, SURE), median_interval(apart, SURE))
+    # With fewer places no interval is that sure, whatever they say.
+    verdict = _verdict(low, high, margin) if len(apart) >= LEAST_PAIRED else "cannot tell"
     return Pair(first.name, second.name, statistics.median(ratios), low, high, verdict, margin, len(ratios))
 
 
@@ -74,11 +76,13 @@ def _couples(tracks: Sequence[Track], against: str | None) -> Iterable[tuple[Tra
     return [(track, base) for track in tracks if track is not base]
 
 
-def _paired(first: Track, second: Track, clock: str, ceiling: float) -> list[float]:
+def _paired(first: Track, second: Track, clock: str, ceiling: float) -> tuple[list[float], list[int]]:
+    """The ratio of each round in which both were visited, and the place that it was taken in."""
     others = {visit.round: visit for visit in second.visits}
     couples = [(visit, others[visit.round]) for visit in first.visits if visit.round in others]
     quiet = quietest(couples, lambda two: max(visit.noise(clock) for visit in two), ceiling, LEAST_PAIRED)
-    return [mine.ratio(clock) / theirs.ratio(clock) for mine, theirs in quiet]
+    ratios = [mine.ratio(clock) / theirs.ratio(clock) for mine, theirs in quiet]
+    return ratios, [mine.place for mine, _ in quiet]
 
 
 def _verdict(low: float, high: float, margin: float) -> Verdict:

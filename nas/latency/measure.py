@@ -28,7 +28,7 @@ from nas.latency.reference import ReferenceTimes, reference_workload
 from nas.latency.result import LatencyResult, Session
 from nas.latency.rounds import LEAST_ROUNDS, Plan, Rounds
 from nas.latency.runner import Runner, Times, make_runner, relocate, session
-from nas.latency.statistics import bootstrap_interval, drift, median_interval, percentile
+from nas.latency.statistics import drift, median_interval, percentile
 from nas.latency.target import Target
 from nas.latency.visits import Track, median_times
 
@@ -228,10 +228,7 @@ class _Measurement:
             ),
             on_visit=lambda name: self.tell({"visit": name}),
             first=self.first,
-            relocate=lambda: (
-                any(runner.weights() for runner in runners.values())
-                and relocate([reference, *runners.values()])
-            ),
+            relocate=lambda: relocate(list(runners.values()), reference),
         )
         rounds.warm_up(granted.renew)
         # Objects of the warm-up are collected now, and not by chance in somebody's visit: the collector rests.
@@ -313,7 +310,7 @@ class _Measurement:
         ratios = rounds.ratios(track)
         raw = [getattr(visit.times, clock) for visit in track.visits]
         tail = [getattr(times, clock) for times in track.tail]
-        ratio, (low, high) = statistics.median(ratios), bootstrap_interval(ratios)
+        ratio, (low, high) = statistics.median(ratios), rounds.interval(track)
         scale, here = rounds.long_run_ms(), rounds.session_ms()
         raw_low, raw_high = median_interval(raw)
         wall = median_times(track.samples)

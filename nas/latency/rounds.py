@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from nas.latency.runner import Times
-from nas.latency.statistics import bootstrap_interval, median_interval, relative_slope, splits
-from nas.latency.visits import NEVER, Track, Visit, calls_of, median_times
+from nas.latency.statistics import bootstrap_interval, enclosing, median_interval, relative_slope, splits
+from nas.latency.visits import NEVER, Track, Visit, by_place, median_times, share_out_calls
 
-__all__ = ["LEAST_ROUNDS", "SURE", "Plan", "Rounds"]
+__all__ = ["LEAST_PLACES", "LEAST_ROUNDS", "SURE", "Plan", "Rounds"]
 
 SURE = 0.995
 """Confidence of an interval by which something is decided: it is looked at several times, 95 % would be too little."""
@@ -27,11 +27,14 @@ SURE = 0.995
 LEAST_ROUNDS = 6
 """From six values on, the least and the most enclose the median with 95 % confidence."""
 
+LEAST_PLACES = 6
+"""So many places in memory are seen before an interval is believed, for the same reason."""
+
 _QUIET_SHARE = 0.1
 _QUIET_BAND = 1.1
-_REFERENCE_SECONDS = 0.05
-_PLACES = 16
-_MOVING_SHARE = 0.05
+_REFERENCE_SECONDS = 0.07
+_MOVING_SHARE = 1 / 3  # of the time between two moves
+_LOOKED_AT = 0.98
 _WARMUP_WINDOW = 5
 _WARMUP_SLOPE = 0.01
 _WARMUP_SECONDS = 0.2
@@ -78,8 +81,8 @@ class Rounds:
         done: called from ``min_rounds`` on, more and more rarely; True ends the session: every decision is clear.
         on_visit: called with a model's name before it is touched, so that a crash can be blamed.
         first: times of first calls that were made before, by name.
-        relocate: puts all models' weights elsewhere in memory, False where that cannot be done. Where weights lie
-            changes the time of a call by about one per cent; so a session sees several places.
+        relocate: puts all models elsewhere in memory, False where that cannot be done. Where they lie changes the time
+            of a call by one per cent and more, so a session sees many places, and what it had in one counts as one.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Rounds:
         self._clock_of = clock_of
         self._between, self._done, self._on_visit, self._now = between, done, on_visit, now
         self._relocate: Callable[[], bool] | None = relocate
+        self._place = 0
         self._begun = self._moved = now()
         self._moving = 0.0  # seconds that the last move took
         self._rng = random.Random(plan.seed)
@@ -164,6 +168,22 @@ class Rounds:
         clock = self.clock
         return [visit.ratio(clock) for visit in track.quiet(clock, self.ceiling(), self.plan.min_rounds)]
 
+    def interval(self, track: Track) -> tuple[float, float]:
+        """Of the median of ``ratios``, at 95 %: a bootstrap over visits and one over places, whatever both enclose.
+
+        The bootstraps are taken at 98 %, because whoever stops at the first narrow interval picks one that is narrow by
+        chance; simulated sessions (``tests/nas/test_rounds.py``) then hold the truth in about 95 of 100.
+        """
+        clock = self.clock
+        quiet = track.quiet(clock, self.ceiling(), self.plan.min_rounds)
+        ratios, apart = self._apart(quiet)
+        return enclosing(bootstrap_interval(ratios, _LOOKED_AT), bootstrap_interval(apart, _LOOKED_AT))
+
+    def _apart(self, visits: Sequence[Visit]) -> tuple[list[float], list[float]]:
+        """The visits' ratios, and the medians of those of each place."""
+        ratios = [visit.ratio(self.clock) for visit in visits]
+        return ratios, by_place(ratios, [visit.place for visit in visits])
+
     def quiet_share(self) -> float:
         """Share of all visits, 0 to 1, that were quiet on both sides."""
         clock, ceiling = self.clock, self.ceiling()
@@ -190,44 +210,45 @@ class Rounds:
             track.first = self.first.get(track.name) or track.run()
             self._between()
         renew()
+        times = {}
         for track in self._all():
             self._on_visit(track.name)
-            track.calls = calls_of(self._warm_up(track, share))
-        # Its first call fetches what the model before it threw out of the caches: one more, and that one is left out.
-        self.reference.calls += 1
+            times[track.name] = self._warm_up(track, share)
+        share_out_calls([self.reference], times)
+        share_out_calls(list(self.tracks.values()), times)
 
     def _all(self) -> list[Track]:
         return [self.reference, *self.tracks.values()]
 
     def _warm_up(self, track: Track, most_seconds: float) -> Times:
+        """Calls until the rule is met; the median of the last ones."""
         begun = self._now()
-        walls: list[float] = []
+        made: list[Times] = []
         while True:
-            times = track.run()
+            made.append(track.run())
             self._between()
-            walls.append(times.wall)
             elapsed = self._now() - begun
-            recent = walls[-_WARMUP_WINDOW:]
+            recent = [times.wall for times in made[-_WARMUP_WINDOW:]]
             settled = len(recent) == _WARMUP_WINDOW and relative_slope(recent) < _WARMUP_SLOPE
             if elapsed >= most_seconds or (
-                settled and len(walls) >= _WARMUP_LEAST and elapsed >= _WARMUP_SECONDS
+                settled and len(made) >= _WARMUP_LEAST and elapsed >= _WARMUP_SECONDS
             ):
-                track.warmup_runs = len(walls)
-                return times
+                track.warmup_runs = len(made)
+                return median_times(made[-_WARMUP_WINDOW:])
 
     def run(self) -> None:
         """Rounds until every model has stopped. Each track then says why it did."""
-        self._moved = self._now()
-        self._moving = sum(track.first.wall for track in self._all()) / 1000
+        self._move()
         while active := [track for track in self.tracks.values() if track.stopped is None]:
             if reason := self._over():
                 self._close_visits()
                 for track in active:
                     track.stopped = reason
                 return
-            self._move()
+            if self._now() - self._moved >= self._moving / _MOVING_SHARE:
+                self._move()
             self._round(active)
-            if self.number < self.plan.min_rounds:
+            if self.number < self.plan.min_rounds or self._place < LEAST_PLACES:
                 continue
             if not self.plan.together:
                 self._judge(active)
@@ -249,20 +270,22 @@ class Rounds:
         return "time" if late and self.number >= LEAST_ROUNDS else None
 
     def _move(self) -> None:
-        """Put the weights elsewhere when it is time, and run every model once there."""
+        """Put everything elsewhere; a model with so few calls in a visit that a cold one would show runs once there."""
         now = self._now()
-        due = max(self.plan.max_seconds / _PLACES, self._moving / _MOVING_SHARE)
-        if self._relocate is None or now - self._moved < due:
+        self._place += 1  # also where nothing moves: then every round is on its own
+        if self._relocate is None:
             return
         self._close_visits()
         if not self._relocate():
             self._relocate = None
+            self._moving = 0.0
             return
-        for track in self._all():
-            self._on_visit(track.name)
-            track.run()
-            track.warmup_runs += 1
-            self._between()
+        for track in self.tracks.values():
+            if track.calls < _WARMUP_LEAST and track.stopped is None:
+                self._on_visit(track.name)
+                track.run()
+                track.warmup_runs += 1
+                self._between()
         self._moved = self._now()
         self._moving = self._moved - now
         self._reference_at = -math.inf  # its last visit was elsewhere
@@ -287,17 +310,17 @@ class Rounds:
         after = self._visit(self.reference)
         self._reference_at = self._now()
         for track, number, times in self._open:
-            track.visits.append(Visit(number, times, self._before, after))
+            track.visits.append(Visit(number, times, self._before, after, self._place))
         self._open.clear()
         self._before = after
 
     def _visit(self, track: Track) -> Times:
         self._known.clear()
         self._on_visit(track.name)
-        calls = [track.run() for _ in range(track.calls)]
+        calls = [track.run() for _ in range(track.cold + track.calls)]
         track.samples += calls
-        track.tail += calls[1:] or calls
-        times = median_times(calls[1:] if track is self.reference else calls)
+        track.tail += calls[track.cold :]
+        times = median_times(calls[track.cold :])
         if track is self.reference:
             self.drift.append((self._now() - self._begun, times))
         self._between()
@@ -316,9 +339,11 @@ class Rounds:
             quiet = track.quiet(clock, ceiling, 0)
             if len(quiet) < plan.min_rounds:
                 continue
-            ratios = [visit.ratio(clock) for visit in quiet]
-            low, high = bootstrap_interval(ratios)
-            surely_low, _ = median_interval(ratios, SURE)
+            ratios, apart = self._apart(quiet)
+            if len(apart) < LEAST_PLACES:
+                continue
+            low, high = self.interval(track)
+            surely_low, _ = enclosing(median_interval(ratios, SURE), median_interval(apart, SURE))
             if plan.limit_ms is not None and surely_low > plan.limit_ms / self.long_run_ms():
                 track.stopped = "decision"
             elif (high - low) / 2 <= plan.precision * statistics.median(ratios):

@@ -94,30 +94,33 @@ class Runner:
                 found.append(self._clock(self._runtime.run))
         return Times(*(sum(column) / len(turn) for column in zip(*found, strict=True)))
 
-    def weights(self) -> list[Tensor]:
-        """The tensors that ``relocate`` may move; none where the runtime holds them in a way of its own."""
-        return self._runtime.weights()
+    def move(self) -> Callable[[], None] | None:
+        """See ``Runtime.move``."""
+        return self._runtime.move()
 
     def close(self) -> None:
         """Let go of the model and of the engine's memory; no call is possible afterwards."""
         self._runtime.close()
 
 
-def relocate(runners: Sequence[Runner]) -> bool:
-    """Move the weights of all runners to fresh places in memory, in random order; False when there is none to move.
+def relocate(models: Sequence[Runner], reference: Runner | None = None) -> bool:
+    """Move all models and the reference to fresh places in memory, in random order; False when no model can be moved.
 
-    For a moment all weights are there twice.
+    For a moment everything is there twice.
 
-    Where weights lie decides which of them share sets of a cache, and with it about one per cent of a model's time
-    (Curtsinger and Berger, "Stabilizer", ASPLOS 2013): an accident of this process that says nothing of the model.
+    Where weights, inputs and Python's own objects lie decides which of them share sets of a cache, and with it one per
+    cent and more of a model's time (Curtsinger and Berger, "Stabilizer", ASPLOS 2013): an accident of this process that
+    says nothing of the model.
     """
-    weights = [weight for runner in runners for weight in runner.weights()]
-    random.Random().shuffle(weights)  # the caller's own random numbers stay as they are
+    moved = [runner.move() for runner in random.Random().sample(models, len(models))]
+    if not any(moved):
+        return False
     # All copies are made before the first original is let go, or they would take each other's places.
-    copies = [weight.data.clone() for weight in weights]
-    for weight, copied in zip(weights, copies, strict=True):
-        weight.data = copied
-    return bool(weights)
+    moved.append(None if reference is None else reference.move())
+    for switch in moved:
+        if switch is not None:
+            switch()
+    return True
 
 
 def make_runner(model: nn.Module | Path, inputs: Any, target: Target) -> Runner:

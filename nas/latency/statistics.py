@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["bootstrap_interval", "drift", "median_interval", "percentile", "relative_slope", "splits"]
+__all__ = [
+    "bootstrap_interval",
+    "drift",
+    "enclosing",
+    "median_interval",
+    "percentile",
+    "relative_slope",
+    "splits",
+]
 
 _RESAMPLES = 1000
 _ENOUGH_FOR = {0.9: 100, 0.99: 1000}
@@ -37,6 +45,12 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     ordered = sorted(values)
     rank = _rank(len(ordered), confidence)
     return ordered[rank], ordered[len(ordered) - 1 - rank]
+
+
+def enclosing(*intervals: tuple[float, float]) -> tuple[float, float]:
+    """The smallest interval that holds all of them."""
+    lows, highs = zip(*intervals, strict=True)
+    return min(lows), max(highs)
 
 
 @functools.lru_cache(maxsize=4096)

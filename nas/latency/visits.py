@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from nas.latency.runner import Times
 
-__all__ = ["NEVER", "Track", "Visit", "calls_of", "median_times", "quietest"]
+__all__ = ["NEVER", "Track", "Visit", "by_place", "calls_of", "median_times", "quietest", "share_out_calls"]
 
 _VISIT_MS = 6.0  # two visits of the reference cost more than this: fewer calls between them would be a waste
 _SLOW_MS = 60.0
 _MOST_CALLS = 15
+_COLD_MS = 2.0  # measured: a model of 0.7 ms needs 1.7, 1.2 and 1.05 of its time in the first calls after another model
+_WARM_MS = 20.0  # so slow a model fetches what it needs in every call
+_ALIKE = 2.0
 
 _V = TypeVar("_V")
 NEVER = Times(math.nan, math.nan, math.nan)
@@ -22,12 +25,16 @@ NEVER = Times(math.nan, math.nan, math.nan)
 
 
 class Visit(NamedTuple):
-    """One visit: the median of its calls, and the reference's on both sides of it."""
+    """One visit: the median of its calls, and the reference's on both sides of it.
+
+    ``place`` tells where in memory everything lay: visits of one place have that accident in common.
+    """
 
     round: int
     times: Times
     before: Times
     after: Times
+    place: int = 0
 
     def ratio(self, clock: str) -> float:
         """Its time over the mean of the reference's before and after."""
@@ -41,11 +48,15 @@ class Visit(NamedTuple):
 
 @dataclass
 class Track:
-    """What is known of one model in a session."""
+    """What is known of one model in a session.
+
+    A visit is ``cold`` calls that only fetch what the model before threw out of the caches, then ``calls`` that count.
+    """
 
     name: str
     run: Callable[[], Times]
     calls: int = 3
+    cold: int = 0
     first: Times = NEVER
     warmup_runs: int = 0
     visits: list[Visit] = field(default_factory=list)
@@ -71,11 +82,38 @@ def quietest(visits: Sequence[_V], noise: Callable[[_V], float], ceiling: float,
     return [visit for visit in visits if noise(visit) <= bound]
 
 
-def calls_of(times: Times) -> int:
-    """Calls in one visit: three, so that one disturbed call does not show; more of a fast model, one of a slow one."""
-    if times.wall >= _SLOW_MS:
+def by_place(values: Sequence[float], places: Sequence[int]) -> list[float]:
+    """The median of the values of each place: these are independent of each other, values of one place are not."""
+    found: dict[int, list[float]] = {}
+    for value, place in zip(values, places, strict=True):
+        found.setdefault(place, []).append(value)
+    return [statistics.median(one) for one in found.values()]
+
+
+def share_out_calls(tracks: Sequence[Track], times: Mapping[str, Times]) -> None:
+    """Give each track its calls in a visit: three, so that one disturbed call does not show; more of a fast model.
+
+    Models of about one speed get as many, that of the fastest of them: the median of few calls is another one than that
+    of many, and two copies of a model must not be told apart by that.
+
+    Args:
+        times: of a call of each, by name.
+    """
+    fastest = 0.0
+    for track in sorted(tracks, key=lambda one: times[one.name].wall):
+        wall = times[track.name].wall
+        if wall > _ALIKE * fastest:
+            fastest = wall
+        track.calls = calls_of(fastest)
+        track.cold = 0 if fastest >= _WARM_MS else math.ceil(_COLD_MS / max(fastest, 1e-2))
+
+
+def calls_of(wall: float) -> int:
+    """Calls of a visit that count, for a model whose call takes ``wall`` milliseconds."""
+    if wall >= _SLOW_MS:
         return 1
-    return min(_MOST_CALLS, max(3, math.ceil(_VISIT_MS / max(times.wall, 1e-3))))
+    wanted = math.ceil(_VISIT_MS / max(wall, 1e-3))
+    return min(_MOST_CALLS, max(3, wanted + 1 - wanted % 2))
 
 
 def median_times(calls: Sequence[Times]) -> Times:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import random
+import shutil
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +33,7 @@ from nas.latency.runtimes.base import twin
 from tests.nas import _runtime_models
 from tests.nas._runtime_models import ONE, tokens
 
+CXX = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 _one_thread = _runtime_models.one_thread  # a fixture is found by a name in the module of its tests
 
 
@@ -299,23 +303,84 @@ def test_drawn_lengths_cover_the_range_evenly(low: int, high: int) -> None:
 # -- where weights lie -------------------------------------------------------------------------------------------------
 
 
-def test_relocated_weights_are_the_same_elsewhere() -> None:
+def held(inside: Any) -> list[int]:
+    return [x.data_ptr() for x in (*inside._model.parameters(), *inside._model.buffers(), *inside._inputs)]
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    ["", pytest.param("+compile", marks=[pytest.mark.slow, pytest.mark.skipif(not CXX, reason="no C++")])],
+)
+def test_relocated_models_are_the_same_elsewhere(runtime: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
     model[2].weight = model[0].weight  # tied
     x = torch.randn(1, 8)
-    runner = make_runner(model, (x,), Target.parse("cpu:1"))
-    inside = runner._runtime
-    expected = inside.run()
-    places = [weight.data_ptr() for weight in runner.weights()]
-    given = [weight.data_ptr() for weight in model.parameters()]
-    assert relocate([runner])
-    assert not set(places) & {weight.data_ptr() for weight in runner.weights()}
-    assert [weight.data_ptr() for weight in model.parameters()] == given
-    twin = inside._model
-    assert twin[2].weight is twin[0].weight
-    assert torch.equal(inside.run(), expected)
+    with torch.inference_mode():
+        runner = make_runner(model, (x,), Target.parse(f"cpu:1{runtime}"))
+        inside: Any = runner._runtime
+        inside.stage(2)
+        expected = inside.run()
+        places = held(inside)
+        given = [weight.data_ptr() for weight in model.parameters()]
+        assert relocate([runner])
+        moved = len(places) if not runtime else len(places) - len(list(model.buffers()))
+        assert len(set(places) - set(held(inside))) == moved
+        assert [weight.data_ptr() for weight in model.parameters()] == given
+        twin = getattr(inside._model, "_orig_mod", inside._model)
+        assert twin[2].weight is twin[0].weight
+        assert torch.equal(inside.run(), expected)
+        assert torch.equal(inside._inputs[0], inside._sets[2][0])
     assert not relocate([])
+
+
+def test_of_what_cannot_be_copied_the_weights_are_moved() -> None:
+    class Keeps(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.lock = threading.Lock()
+            return super().forward(x)
+
+    runner = make_runner(Keeps(8, 8), (torch.randn(1, 8),), Target.parse("cpu:1"))
+    runner()
+    inside: Any = runner._runtime
+    model, places = inside._model, held(inside)
+    assert relocate([runner])
+    assert inside._model is model
+    assert not set(places) & set(held(inside))
+    runner()
+
+
+def test_a_copy_that_forgets_what_was_converted_is_not_taken() -> None:
+    class Own(nn.Linear):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+            return Own(8, 8)
+
+    runner = make_runner(Own(8, 8), (torch.randn(1, 8),), Target.parse("cpu:1+bf16"))
+    inside: Any = runner._runtime
+    places = held(inside)
+    assert relocate([runner])
+    assert inside._model.weight.dtype == torch.bfloat16
+    assert not set(places) & set(held(inside))
+    runner()
+
+
+def test_an_engine_is_made_again_elsewhere() -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 8)
+    runner = make_runner(nn.Linear(8, 8), (x,), Target.parse("cpu:1+onnxruntime@2"))
+    inside: Any = runner._runtime
+    inside.stage(1)
+    inside.run()
+    [before], first = inside._binding.copy_outputs_to_cpu(), inside._session
+    folder = Path(inside._folder.name)
+    assert relocate([runner])
+    inside.run()
+    assert inside._session is not first
+    [after] = inside._binding.copy_outputs_to_cpu()
+    assert (before == after).all()
+    assert folder.exists()
+    runner.close()
+    assert not folder.exists()
 
 
 def test_relocating_leaves_the_callers_random_numbers_alone() -> None:

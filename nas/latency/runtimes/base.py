@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -77,9 +77,12 @@ class Runtime(ABC):
     def stage(self, number: int) -> None:
         """Make set ``number`` the one that ``run`` uses. Not timed."""
 
-    def weights(self) -> list[Tensor]:
-        """Tensors that may be given other memory between two runs (by their ``data``)."""
-        return []
+    def move(self) -> Callable[[], None] | None:
+        """Copy what ``run`` reads to other memory; what is returned switches to the copy. None: it cannot be moved.
+
+        The values stay the same, and so does the set of inputs that is staged. Not timed.
+        """
+        return None
 
     def close(self) -> None:
         """Let go of the model and of the engine's memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ class Compile(Eager):
         # Not left to torch: having seen another model's shapes it would compile this one for shapes of any size, so
         # that a figure would depend on what was measured before.
         self._model = torch.compile(self._model, dynamic=len(distinct_shapes(sets)) > 1)
+
+    def _all_copied(self) -> Callable[[], None]:
+        return self._weights_copied()  # another module would be compiled anew
 
     @classmethod
     def check(cls, target: Target) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nas.latency.runtimes.base import RUNTIMES, InputSets, Runtime, twin
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from nas.latency.target import Target
 
 __all__ = ["Eager", "on_device"]
+
+logger = logging.getLogger(__name__)
 
 
 @RUNTIMES.register("eager")
@@ -32,15 +38,50 @@ class Eager(Runtime):
     def run(self) -> Any:
         return self._model(*self._inputs)
 
-    def weights(self) -> list[Tensor]:
+    def move(self) -> Callable[[], None] | None:
+        return self._all_copied() if self._on_cpu else None
+
+    def _all_copied(self) -> Callable[[], None]:
+        """The model's own objects are copied too: a small one spends its time among these."""
+        try:
+            model = copy.deepcopy(self._model).eval()
+        except Exception as error:  # whatever a model keeps from one call to the next may refuse
+            logger.info("%s: only its weights are moved in memory: %s", type(self._model).__name__, error)
+            return self._weights_copied()
+        if _kinds(model) != _kinds(self._model):  # a copy of its own making forgets what was converted
+            return self._weights_copied()
+        sets = _copied(self._sets)
+        return lambda: self._take(model, sets)
+
+    def _weights_copied(self) -> Callable[[], None]:
         import torch
 
-        if not self._on_cpu:
-            return []
         # Parameters of a class of their own (quantised ones, for instance) hold memory that ``data`` does not show.
-        return [
+        weights = [
             one for one in self._model.parameters() if type(one.data) is torch.Tensor and not one.is_sparse
         ]
+        copies, sets = [weight.data.clone() for weight in weights], _copied(self._sets)
+
+        def switch() -> None:
+            for weight, other in zip(weights, copies, strict=True):
+                weight.data = other
+            self._take(self._model, sets)
+
+        return switch
+
+    def _take(self, model: Any, sets: list[tuple[Tensor, ...]]) -> None:
+        number = next(place for place, one in enumerate(self._sets) if one is self._inputs)
+        self._model, self._sets, self._inputs = model, sets, sets[number]
+
+
+def _copied(sets: InputSets) -> list[tuple[Tensor, ...]]:
+    """The same inputs in other memory."""
+    return [tuple(x.clone() for x in tensors) for tensors in sets]
+
+
+def _kinds(model: nn.Module) -> list[tuple[str, torch.dtype, torch.device]]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [(name, x.dtype, x.device) for name, x in tensors]
 
 
 def on_device(sets: InputSets, target: Target) -> list[tuple[Tensor, ...]]:

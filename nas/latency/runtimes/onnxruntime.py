@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,25 +40,47 @@ class OnnxRuntime(Runtime):
             import torch
 
             self.stream = torch.cuda.Stream(target.torch_device())
-        with tempfile.TemporaryDirectory(prefix="nas-onnx-") as directory:
-            exported = export_onnx(model, sets, target, target.torch_dtype(), Path(directory))
+        self._folder = tempfile.TemporaryDirectory(prefix="nas-onnx-")
+        try:
+            exported = export_onnx(model, sets, target, target.torch_dtype(), Path(self._folder.name))
             self._session = _session(exported.path, target, self.stream)
+        except BaseException:
+            self._folder.cleanup()
+            raise
         self.found = exported.versions
         typed = cast(sets, target.torch_dtype())
+        self._again = (exported.path, typed, target)
         if isinstance(model, Path):
             _check_file(self._session, model, typed[0], target)
         self._bound = [_bound(self._session, tensors, target) for tensors in typed]
-        self._binding = self._bound[0].binding
+        self.stage(0)
         for number in expected:
             self.stage(number)
             self.run()
             check_outputs(expected[number], _fetched(self._binding), target)
 
     def stage(self, number: int) -> None:
-        self._binding = self._bound[number].binding
+        self._staged, self._binding = number, self._bound[number].binding
 
     def run(self) -> Any:
         self._session.run_with_iobinding(self._binding)
+
+    def move(self) -> Callable[[], None] | None:
+        path, sets, target = self._again
+        if target.is_cuda:
+            return None
+        session = _session(path, target, self.stream)
+        bound = [_bound(session, tensors, target) for tensors in sets]
+
+        def switch() -> None:
+            self._session, self._bound = session, bound
+            self.stage(self._staged)
+
+        return switch
+
+    def close(self) -> None:
+        self._folder.cleanup()
+        super().close()
 
     @classmethod
     def check(cls, target: Target) -> None:
