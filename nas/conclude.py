@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nas.executors.ray_targets import placed
 from nas.files import CorruptFile, read_record, write_record
+from nas.report.conditions import differing
 from nas.report.data import RunReport, TrialRow
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nas.run_directory import RunDirectory
     from nas.study import StoredTrial, Study
 
-__all__ = ["build_report", "conclude", "write_report_files"]
+__all__ = ["build_report", "conclude", "identity_here", "measured_elsewhere", "write_report_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +47,20 @@ def conclude(
     """Judge the finalists (unless the run was stopped), write the report files and return the report.
 
     The figures on test data and the interleaved latencies go to ``finalists.json``; they are kept when nothing new
-    has been evaluated since.
+    has been evaluated since, and the target is still measured under the same conditions.
     """
     report = build_report(study, config, facts)
     _say_mixed_conditions(report, watcher)
     trained = ":" not in config.evaluator
     if trained and executor is not None and report.front() and not stopping.is_set():
         chosen = _finalists(report)
-        if not _already_judged(study.run, chosen):
+        if not _already_judged(study.run, chosen, config, executor, stopping):
             watcher.concluding(f"measuring {len(chosen)} finalists again, side by side, and on test data")
             judged = _judge(study, config, chosen, executor, watcher, stopping)
             if judged is not None:
                 write_record(study.run.finalists, {"finalists": judged})
         if config.keep_weights == "front":
-            _drop_weights(study, {row.number for row in [*report.front(), *chosen]})
+            _drop_weights(study, {row.number for front in [*report.fronts(), chosen] for row in front})
         report = build_report(study, config, facts)
     watcher.concluding("writing the report")
     write_report_files(report, study.run)
@@ -116,26 +116,64 @@ def _row(trial: StoredTrial) -> TrialRow:
 
 def _say_mixed_conditions(report: RunReport, watcher: _Watcher) -> None:
     """A run that went on after an upgrade, or with another priority, holds figures that do not compare."""
-    kinds = Counter((row.latency or {}).get("conditions") for row in report.comparable())
-    kinds.pop(None, None)
-    if len(kinds) > 1:
-        counts = " and ".join(str(count) for _, count in kinds.most_common())
+    groups = report.groups()
+    if len(groups) > 1:
+        counts = " and ".join(str(len(rows)) for _, rows in groups)
         watcher.note(
-            f"latencies were measured under {len(kinds)} kinds of conditions ({counts} candidates; see 'identity' in "
-            "result.json): only the finalists, measured again together, compare"
+            f"latencies were measured under {len(groups)} kinds of conditions ({counts} candidates; see 'identity' in "
+            "result.json): the front is made of the first of these; the best of each are finalists, which compare "
+            "once they have been measured again together"
         )
+
+
+# -- conditions --------------------------------------------------------------------------------------------------------
+
+
+def identity_here(
+    config: SearchConfig, executor: Executor, stopping: threading.Event
+) -> dict[str, Any] | None:
+    """What a latency would be measured under now, asked of the machine that measures; None when it cannot be told."""
+    payload = {"config": config.dump()}
+    asked = executor.submit(
+        "nas.search_jobs:conditions_here", payload, tag="conditions", **placed(config.target)
+    )
+    if not _finish([asked], stopping):
+        return None
+    outcome = asked.result()
+    if outcome.value is None:
+        logger.info("the conditions of the target are not known: %s", outcome.failure)
+        return None
+    found: dict[str, Any] = outcome.value["identity"]
+    return found
+
+
+def measured_elsewhere(latencies: Iterable[Mapping[str, Any]], here: Mapping[str, Any]) -> str:
+    """A warning when latencies of a run would meet those of other conditions; "" when all are of those ``here``."""
+    found = [differing(latency["identity"], here) for latency in latencies if latency.get("identity")]
+    apart = [differences for differences in found if differences]
+    if not apart:
+        return ""
+    return (
+        f"{len(apart)} of {len(found)} latencies of this run were measured under other conditions than hold here now "
+        f"({'; '.join(apart[-1])}): they are not compared with those measured from now on"
+    )
 
 
 # -- finalists ---------------------------------------------------------------------------------------------------------
 
 
 def _finalists(report: RunReport) -> list[TrialRow]:
-    front = report.front()
-    # A long front is thinned evenly; its two ends stay.
-    step = (len(front) - 1) / (MAX_FINALISTS - 1)
-    chosen = front if step <= 1 else [front[round(i * step)] for i in range(MAX_FINALISTS)]
-    named = [row for row in report.comparable() if row.name is not None and row not in chosen]
+    """The front, and where latencies were measured under several conditions, that of each of them; what has a name."""
+    fronts = report.fronts()[: MAX_FINALISTS // 2]
+    chosen = [row for front in fronts for row in _thinned(front, MAX_FINALISTS // len(fronts))]
+    named = [row for row in report.usable() if row.name is not None and row not in chosen]
     return [*chosen, *named]
+
+
+def _thinned(front: list[TrialRow], most: int) -> list[TrialRow]:
+    """A long front is thinned evenly; its two ends stay."""
+    step = (len(front) - 1) / (most - 1)
+    return front if step <= 1 else [front[round(i * step)] for i in range(most)]
 
 
 def _saved_finalists(run: RunDirectory) -> list[dict[str, Any]] | None:
@@ -149,11 +187,21 @@ def _saved_finalists(run: RunDirectory) -> list[dict[str, Any]] | None:
         return None
 
 
-def _already_judged(run: RunDirectory, chosen: list[TrialRow]) -> bool:
+def _already_judged(
+    run: RunDirectory,
+    chosen: list[TrialRow],
+    config: SearchConfig,
+    executor: Executor,
+    stopping: threading.Event,
+) -> bool:
     saved = _saved_finalists(run)
     if saved is None or any(entry.get("test") is None or entry.get("failure") for entry in saved):
         return False
-    return {entry["number"] for entry in saved} == {row.number for row in chosen}
+    if {entry["number"] for entry in saved} != {row.number for row in chosen}:
+        return False
+    here = identity_here(config, executor, stopping)
+    # Where the target does not answer, nothing can be measured, and the table says where it was made.
+    return here is None or not any(differing(entry.get("identity") or {}, here) for entry in saved)
 
 
 def _judge(

@@ -1,4 +1,4 @@
-"""Jobs around a search: what the space is, before it; the finalists' test metrics and latencies, after it."""
+"""Jobs around a search: space and conditions, before it; the finalists' test metrics and latencies, after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.errors import UserMistake, nearest
 from nas.export import describe_signature
-from nas.trial_latency import against, alone_on, measure_candidate
+from nas.trial_latency import against, alone_on, identity_here, measure_candidate
 from nas.trial_parts import count, skeleton_of, space_of, target_of, task_of, training_threads
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nas.trial import Channel
     from spaces import Architecture
 
-__all__ = ["finalist_metrics", "finalists_latency", "probe"]
+__all__ = ["conditions_here", "finalist_metrics", "finalists_latency", "probe"]
 
 
 def probe(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
@@ -71,6 +71,11 @@ def _check_objectives(config: Mapping[str, Any], task: Task) -> None:
             )
 
 
+def conditions_here(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """``identity``: what a latency would be measured under now, where this job runs. ``payload``: config."""
+    return {"identity": identity_here(target_of(payload["config"])).to_dict()}
+
+
 def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """Test metrics of a finished candidate, from its saved weights.
 
@@ -92,7 +97,7 @@ def finalist_metrics(payload: dict[str, Any], channel: Channel) -> dict[str, Any
 
 
 def finalists_latency(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """The finalists measured together and compared with one of them.
+    """The finalists measured together and compared with one of them, each with its identity and ``conditions``.
 
     ``payload``: config, scale, architectures (label -> architecture), reference (a label).
     """

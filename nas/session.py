@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nas.conclude import conclude
+from nas.conclude import conclude, identity_here, measured_elsewhere
 from nas.config import SearchConfig, to_yaml
 from nas.controllers import make_controller
 from nas.environment import describe_environment
@@ -174,8 +174,10 @@ class Session:
             config.controller, space, [d for _, d in objectives], config.seed, **config.controller_options
         )
         facts.setdefault("started", datetime.now().astimezone().isoformat(timespec="seconds"))
-        if shared is not None and (line := _other_machine(facts)):
-            self.observer.note(line)
+        if shared is not None:
+            self._warn_of_conditions(
+                executor, config, [found["latency"] for found in facts.get("candidates", {}).values()]
+            )
         facts["environment"] = describe_environment(gpu=config.device != "cpu")
         if config.join is not None:
             joined, facts = JoinedStudy.begin(self.run_directory, space, objectives, config.dump(), facts)
@@ -201,12 +203,13 @@ class Session:
             )
         wanted = {key: value for key, value in given.items() if key in CHANGEABLE and value is not None}
         config = resolve(SearchConfig.parse({**config.dump(), **wanted}))
-        config = _with_places(config, self._make_executor(config))
+        executor = self._make_executor(config)
+        config = _with_places(config, executor)
         space = self._space or get_space(config.space, task=config.task)
         objectives = objectives_of(config, None)
         study, mended = Study.open(self.run_directory, space, objectives, config.dump(), recorded.facts)
-        if line := _other_machine(recorded.facts or {}):
-            self.observer.note(line)
+        results = [trial.result for trial in study.trials() if trial.result is not None]
+        self._warn_of_conditions(executor, config, [result.latency for result in results if result.latency])
         for line in [*put_back(self.run_directory, recorded), *mended]:
             self.observer.note(line)
         if config.join is None and (changed := edits(recorded.config, study.started_config())):
@@ -268,6 +271,16 @@ class Session:
             raise UserMistake(found["mistake"])
         return found
 
+    def _warn_of_conditions(
+        self, executor: Executor, config: SearchConfig, latencies: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Say it before the search when latencies of several machines or conditions would meet in one run."""
+        if ":" in config.evaluator or not latencies:
+            return
+        here = identity_here(config, executor, self.stopping)
+        if here is not None and (line := measured_elsewhere(latencies, here)):
+            self.observer.note(line)
+
     # -- searching -------------------------------------------------------------------------------------------------
 
     def _drive(self, set_up: _SetUp) -> None:
@@ -291,17 +304,6 @@ class Session:
         self._search.run(_first_architectures(space, config))
         study.gather()
         logger.info("searched for %.1f s", time.monotonic() - started)
-
-
-def _other_machine(facts: Mapping[str, Any]) -> str:
-    """A warning when latencies of two machines would meet in one front; "" when it is the same machine."""
-    before, now = (facts.get("environment") or {}).get("cpu"), describe_environment()["cpu"]
-    if not before or before.get("model") == now["model"]:
-        return ""
-    return (
-        f"this run was started on {before.get('model')}, this is {now['model']}: "
-        "latencies measured here cannot be compared with the earlier ones"
-    )
 
 
 def _with_places(config: SearchConfig, executor: Executor) -> SearchConfig:

@@ -208,7 +208,7 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
     torch.set_num_threads(training_threads(config))
     with gate.shared():
         task = task_of(config)
-        if over := predicted_over_budget(skeleton_of(config, task, payload["architecture"]), task, payload):
+        if over := _predicted(task, payload) if _measured_here(config) else None:
             return _stopped(result, over, "budget")
         torch.manual_seed(payload["seed"])
         model = space_of(config).build(payload["architecture"], task.signature)
@@ -216,7 +216,10 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
     channel.event({"stage": "counted", **result["metrics"]})
     if (over := _over_limits(config, result["metrics"])) is not None:
         return _stopped(result, over, "budget")
-    result["latency"] = _latency(model, task, payload, channel)
+    latency = _latency(model, task, payload, channel)
+    if isinstance(latency, str):
+        return _stopped(result, latency, "budget")
+    result["latency"] = latency
     channel.event({"stage": "measured", "latency": result["latency"]})
     if (over := over_budget(config["latency_budget"], result["latency"])) is not None:
         return _stopped(result, over, "budget")
@@ -238,25 +241,46 @@ def _evaluate_model(payload: dict[str, Any], channel: Channel) -> dict[str, Any]
     return result
 
 
-def _latency(model: nn.Module, task: Task, payload: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
-    """Measured here, or by the driver's asking on the node that carries the target."""
+def _measured_here(config: Mapping[str, Any]) -> bool:
+    """Whether latency is that of the machine on which a candidate trains, and not of the target's own node."""
+    return split_ray_target(config["target"])[0] is None
+
+
+def _predicted(task: Task, payload: Mapping[str, Any]) -> str | None:
+    return predicted_over_budget(skeleton_of(payload["config"], task, payload["architecture"]), task, payload)
+
+
+def _latency(
+    model: nn.Module, task: Task, payload: Mapping[str, Any], channel: Channel
+) -> dict[str, Any] | str:
+    """Measured here, or by the driver's asking on the node that carries the target; a text: why it was not."""
     config = payload["config"]
-    if split_ray_target(config["target"])[0] is None:
+    if _measured_here(config):
         return measure_candidate(model, task, target_of(config), payload)
     answer = channel.ask({"stage": "measure"})
     if "mistake" in answer:
         raise UserMistake(answer["mistake"])
     if "failed" in answer:
         raise TrialFailure(*answer["failed"])
-    latency: dict[str, Any] = answer["latency"]
+    latency: dict[str, Any] | str = answer.get("over") or answer["latency"]
     return latency
 
 
 def measure_trial(payload: dict[str, Any], channel: Channel) -> dict[str, Any]:
-    """The latency of one candidate, for the node that carries the target. ``payload`` as for ``run_trial``."""
+    """The latency of one candidate, for the node that carries the target. ``payload`` as for ``run_trial``.
+
+    Predicted here, too, because a prediction holds for the conditions of this node and not of the one that trains:
+    ``{"over": text}`` where that is enough to discard the candidate.
+    """
+    from nas.latency import DeviceGate
+
     config = payload["config"]
     try:
         task = task_of(config)
+        with DeviceGate(str(target_of(config).torch_device())).shared():
+            over = _predicted(task, payload)
+        if over is not None:
+            return {"over": over}
         model = space_of(config).build(payload["architecture"], task.signature)
         return {"latency": measure_candidate(model, task, target_of(config), payload)}
     except UserMistake as mistake:

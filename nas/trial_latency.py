@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,10 +18,19 @@ from nas.latency import DeviceGate, LatencyResult, LeaseLost, Options, Session, 
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.latency.identity import Identity
     from nas.latency.measure import Lease
     from nas.tasks.base import Task
 
-__all__ = ["against", "alone_on", "measure_candidate", "over_budget", "predicted_over_budget"]
+__all__ = [
+    "against",
+    "alone_on",
+    "conditions_of",
+    "identity_here",
+    "measure_candidate",
+    "over_budget",
+    "predicted_over_budget",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +40,17 @@ LEAST_MEASURED = 10
 _T = TypeVar("_T")
 _TAKEOVERS = 3
 
+_SEEN_VERSIONS: dict[str, list[dict[str, str]]] = {}
+"""What this process has measured with, by target: some runtimes tell their versions only once they have a model."""
+
 
 def over_budget(budget: float | None, latency: Mapping[str, Any]) -> str | None:
-    """Why a measured latency does not hold the budget (milliseconds): only the upper end of its interval counts."""
+    """Why a measured latency does not hold the budget (milliseconds): only the upper end of its interval counts.
+
+    An untrusted latency below the budget does not discard its candidate, or a search on a busy machine would find
+    nothing. Nor does it hold the budget: the report says so until a trusted measurement does, at the latest that of
+    the finalists (``RunReport.budget_doubt``).
+    """
     if budget is None or latency["high_ms"] <= budget:
         return None
     interval = f"{latency['median_ms']:.3g} ms ({latency['low_ms']:.3g}-{latency['high_ms']:.3g})"
@@ -44,8 +62,9 @@ def over_budget(budget: float | None, latency: Mapping[str, Any]) -> str | None:
 def predicted_over_budget(skeleton: nn.Module, task: Task, payload: Mapping[str, Any]) -> str | None:
     """Why all of the predicted interval is over the latency budget; None when it is not, or nobody can tell.
 
-    The predictor is fitted anew to what the run has measured under the conditions of its latest measurement.
-    Given architectures are always measured, so that a report can compare with them.
+    The predictor is fitted anew to what the run has measured under the conditions of this machine as they are now, by
+    the clock of the latest of these measurements. To be called where the candidate would be measured. Given
+    architectures are always measured, so that a report can compare with them.
     """
     config, measured = payload["config"], payload.get("measured") or []
     budget, measured = config["latency_budget"], [sample for sample in measured if sample["trusted"]]
@@ -53,13 +72,15 @@ def predicted_over_budget(skeleton: nn.Module, task: Task, payload: Mapping[str,
         return None
     from nas.latency.prediction import LatencyPredictor, decide
 
-    identity = measured[-1]["conditions"]
+    target = Target.parse(split_ray_target(config["target"])[1])
+    here = _digests_here(target)
+    identity = next((s["conditions"] for s in reversed(measured) if _digest(s["conditions"]) in here), None)
     samples = [sample for sample in measured if sample["conditions"] == identity]
-    if len(samples) < LEAST_MEASURED:
+    if identity is None or len(samples) < LEAST_MEASURED:
         return None
     predictor = LatencyPredictor(identity=identity, coverage=_coverage(len(samples)))
     predictor.fit([sample["work"] for sample in samples], [sample["median_ms"] for sample in samples])
-    found = predictor.predict(_work(skeleton, task, Target.parse(split_ray_target(config["target"])[1])))
+    found = predictor.predict(_work(skeleton, task, target))
     if decide(found, budget) != "over":
         return None
     return (
@@ -67,6 +88,39 @@ def predicted_over_budget(skeleton: nn.Module, task: Task, payload: Mapping[str,
         f"{_coverage(len(samples)):.0%}, from {len(samples)} measured), "
         f"over the latency budget of {budget:g} ms; not built"
     )
+
+
+def identity_here(target: Target) -> Identity:
+    """What a measurement on ``target`` would be made under now, in this process, without measuring anything.
+
+    Takes the priority and the cores that a measurement would be granted, for a tenth of a second. Of the ``versions``
+    those that a runtime tells only of a model are missing; inputs and key are empty.
+    """
+    from nas.latency.identity import identity_of
+    from nas.latency.priority import undisturbed
+
+    threads = target.cpu_threads() if target.device == "cpu" else 1
+    with undisturbed(threads) as granted:
+        return identity_of(target, [], None, priority=granted.kind, affinity=granted.affinity)
+
+
+def conditions_of(identity: Mapping[str, Any], clock: str) -> str:
+    """Under which conditions a latency was measured, as ``DIGEST-CLOCK``: only those of equal ones compare."""
+    from nas.latency.identity import Identity
+    from nas.latency.prediction import pooled_identity
+
+    return f"{pooled_identity(Identity.from_dict(identity).to_dict())}-{clock}"
+
+
+def _digest(conditions: str) -> str:
+    return conditions.rpartition("-")[0]
+
+
+def _digests_here(target: Target) -> set[str]:
+    """Digests of the conditions that hold now, for each set of versions that this process has measured with."""
+    here = identity_here(target)
+    seen = [here.versions, *_SEEN_VERSIONS.get(str(target), [])]
+    return {_digest(conditions_of(replace(here, versions=versions).to_dict(), "")) for versions in seen}
 
 
 def _coverage(samples: int) -> float:
@@ -81,9 +135,6 @@ def measure_candidate(
 
     Raises TrialFailure when the latency is no number, or the device was lost to others again and again.
     """
-    from nas.latency.identity import Identity
-    from nas.latency.prediction import pooled_identity
-
     # Before the search there is no run directory yet, and nothing may be written.
     scale = Path(payload["scale"]) if "scale" in payload else None
     keys = {"model": payload["key"]} if "key" in payload else {}
@@ -104,10 +155,13 @@ def measure_candidate(
     result = alone_on(target, alone)
     if not math.isfinite(result.median_ms) or result.median_ms <= 0:
         raise TrialFailure("nan", f"latency is {result.median_ms}")
+    seen, versions = _SEEN_VERSIONS.setdefault(str(target), []), result.identity["versions"]
+    if versions not in seen:
+        seen.append(versions)
     return {
         **result.to_dict(),
         "work": _work(model, task, target),
-        "conditions": f"{pooled_identity(Identity.from_dict(result.identity).to_dict())}-{result.clock}",
+        "conditions": conditions_of(result.identity, result.clock),
     }
 
 
@@ -136,8 +190,9 @@ def alone_on(target: Target, work: Callable[[Lease], _T]) -> _T:
 
 
 def against(found: Session, label: str, base: str) -> dict[str, Any]:
-    """JSON form of a result with its ratio to ``base`` in place of that to the reference workload."""
-    measured = found.results[label].to_dict()
+    """JSON form of a result and its ``conditions``, with its ratio to ``base`` in place of that to the reference."""
+    result = found.results[label]
+    measured = {**result.to_dict(), "conditions": conditions_of(result.identity, result.clock)}
     if label == base:
         return {**measured, "ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0, "verdict": None}
     pair = found.pair(label, base)

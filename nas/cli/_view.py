@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from rich.text import Text
 from nas.errors import SpaceError
 from nas.pareto import pareto_mask
 from nas.report.data import TrialRow
-from nas.report.formats import format_count, format_interval, format_ms, format_value, one_line
+from nas.report.formats import format_count, format_interval, format_ms, format_value, is_latency, one_line
 from nas.report.tables import candidate_line
 from nas.report.words import abbreviate
 from nas.resolve import objectives_of
@@ -62,7 +63,7 @@ class RunView:
         self._task: TaskID | None = None
         self._lock = threading.Lock()
         self._objectives: list[tuple[str, Direction]] = []
-        self._values: list[list[float]] = []
+        self._values: defaultdict[str | None, list[list[float]]] = defaultdict(list)  # by conditions
         self._short: dict[str, str] = {}
         self._now: dict[int, str] = {}
         self._deadline: float | None = None
@@ -122,7 +123,8 @@ class RunView:
         self._objectives = objectives_of(config, None)
         for trial in finished:
             if trial.result is not None and trial.result.state == "complete":
-                self._values.append([trial.result.values[name] for name, _ in self._objectives])
+                values = [trial.result.values[name] for name, _ in self._objectives]
+                self._values[self._kind(trial.result.latency)].append(values)
         done = len(finished)
         if done:
             self._line(f"resuming: {done} of {config.trials} trials are finished")
@@ -201,10 +203,16 @@ class RunView:
     def _mark(self, row: TrialRow) -> str:
         if row.state != "complete":
             return ""
-        self._values.append([row.values[name] for name, _ in self._objectives])
+        alike = self._values[self._kind(row.latency)]
+        alike.append([row.values[name] for name, _ in self._objectives])
         directions = [direction for _, direction in self._objectives]
-        on_front = bool(pareto_mask(self._values, directions)[-1])
+        on_front = bool(pareto_mask(alike, directions)[-1])
         return "front" if on_front and len(directions) > 1 else "best" if on_front else ""
+
+    def _kind(self, latency: Mapping[str, Any] | None) -> str | None:
+        """What a candidate may be compared within: latencies of other conditions do not compare."""
+        split = any(is_latency(name) for name, _ in self._objectives)
+        return (latency or {}).get("conditions") if split else None
 
     def _refresh(self) -> None:
         """Best so far, size of the front, time left, and last, since it may be cut off, what runs now."""
@@ -213,16 +221,17 @@ class RunView:
             self._progress.update(self._task, text="; ".join(part for part in parts if part))
 
     def _best(self) -> list[str]:
-        if not self._values:
+        most = max(self._values.values(), key=len, default=[])
+        if not most:
             return []
         texts = []
         for index, (name, direction) in enumerate(self._objectives):
-            best = (max if direction == "maximize" else min)(values[index] for values in self._values)
+            best = (max if direction == "maximize" else min)(values[index] for values in most)
             texts.append(f"{name.removesuffix('_ms')} {format_value(name, best)}")
         parts = [f"best {', '.join(texts)}"]
         if len(self._objectives) > 1:
             directions = [direction for _, direction in self._objectives]
-            parts.append(f"front {int(pareto_mask(self._values, directions).sum())}")
+            parts.append(f"front {int(pareto_mask(most, directions).sum())}")
         return parts
 
     def _left(self) -> str:

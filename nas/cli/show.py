@@ -56,6 +56,10 @@ def show(
             median, low, high = (result.latency[key] for key in ("median_ms", "low_ms", "high_ms"))
             text = format_interval(median, low, high, unit="ms")
             rows.append(("latency", f"{text} on {found.config.target}, {result.latency['samples']} samples"))
+            if "conditions" in result.latency:
+                rows.append(("conditions", one_line(result.latency["conditions"])))
+            if result.latency.get("trusted") is False:
+                rows.append(("untrusted", one_line("; ".join(map(str, result.latency["reasons"])))))
         rows.append(("time", format_seconds(result.seconds)))
         if result.failure:
             rows.append((str(result.failure["kind"]), one_line(result.failure["reason"])))

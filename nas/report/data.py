@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,8 @@ class TrialRow:
     ``state`` is complete, pruned, failed, interrupted, running or waiting. ``name`` is the baseline's or a
     published variant's, None for what the search found. ``values`` holds the objectives and is empty unless
     ``state`` is complete. ``metrics`` holds params, macs and validation metrics, and under ``final`` the test
-    metrics where they were taken. ``latency`` holds median_ms, low_ms, high_ms, samples, precise and target.
+    metrics where they were taken. ``latency`` holds median_ms, low_ms, high_ms, samples, precise and target,
+    and where the toolkit measured it trusted, reasons, identity and conditions.
     ``curve`` has one dict for each epoch. ``failure`` holds kind, reason and log_tail.
     """
 
@@ -52,6 +53,16 @@ class TrialRow:
     def title(self) -> str:
         """``#17`` or ``#0 softmax_baseline``."""
         return f"#{self.number} {self.name}" if self.name else f"#{self.number}"
+
+    @property
+    def conditions(self) -> str | None:
+        """Under which conditions the latency was measured; None where there is none, or no record of it."""
+        return (self.latency or {}).get("conditions")
+
+    @property
+    def trusted(self) -> bool:
+        """Whether nothing was out of bounds while the latency was measured, as far as the record says."""
+        return (self.latency or {}).get("trusted") is not False
 
     @property
     def test_metrics(self) -> dict[str, Any]:
@@ -106,8 +117,8 @@ class RunReport:
         """Trials in one of ``states``, in order of their numbers as given."""
         return [row for row in self.trials if row.state in states]
 
-    def comparable(self) -> list[TrialRow]:
-        """Complete trials whose objectives are all present and finite."""
+    def usable(self) -> list[TrialRow]:
+        """Complete trials whose objectives are all present and finite, whatever their latencies were measured under."""
         names = [name for name, _ in self.objectives]
         return [
             row
@@ -115,9 +126,30 @@ class RunReport:
             if all(as_number(row.values.get(n)) is not None for n in names)
         ]
 
+    def groups(self) -> list[tuple[str | None, list[TrialRow]]]:
+        """The usable trials by the conditions of their latencies, the largest group first, of equal ones the latest.
+
+        Latencies of different conditions are never compared. Without a latency among the objectives there is one group.
+        """
+        found: dict[str | None, list[TrialRow]] = defaultdict(list)
+        split = any(is_latency(name) for name, _ in self.objectives)
+        for row in self.usable():
+            found[row.conditions if split else None].append(row)
+        return sorted(found.items(), key=lambda group: (-len(group[1]), -max(row.number for row in group[1])))
+
+    def comparable(self) -> list[TrialRow]:
+        """The usable trials of one kind of conditions: of the largest group."""
+        return next((rows for _, rows in self.groups()), [])
+
+    def fronts(self) -> list[list[TrialRow]]:
+        """The front of every group, as ``groups`` sorts them."""
+        return [self._front_of(rows) for _, rows in self.groups()]
+
     def front(self) -> list[TrialRow]:
         """The comparable trials that no other dominates, best cost first (one objective: the best ones)."""
-        rows = self.comparable()
+        return self._front_of(self.comparable())
+
+    def _front_of(self, rows: list[TrialRow]) -> list[TrialRow]:
         if not rows:
             return []
         values = np.array([[float(row.values[name]) for name, _ in self.objectives] for row in rows])
@@ -131,6 +163,12 @@ class RunReport:
         """The baseline's trial, a complete one first; None if there is no baseline or it has no trial."""
         rows = [row for row in self.trials if self.baseline is not None and row.name == self.baseline]
         return next((row for row in rows if row.state == "complete"), rows[0] if rows else None)
+
+    def beside_front(self, row: TrialRow) -> bool:
+        """Whether ``row`` may stand beside the front: it is complete, and its latency compares."""
+        others = self.front()
+        split = any(is_latency(name) for name, _ in self.objectives)
+        return row.state == "complete" and not (split and others and others[0].conditions != row.conditions)
 
     def finalist(self, row: TrialRow) -> dict[str, Any]:
         """The second measurement of ``row``, or an empty dict."""
@@ -162,11 +200,39 @@ class RunReport:
             return Measured(value if median is None else median, math.nan, math.nan)
         return Measured(median, low, high)
 
+    @property
+    def latency_budget(self) -> float | None:
+        """Milliseconds, as the recipe has it."""
+        return as_number(self.recipe.get("latency_budget"))
+
+    def budget_doubt(self, row: TrialRow) -> Literal["untrusted", "over"] | None:
+        """Why ``row`` is not known to hold the latency budget; None when it does, or where there is nothing to hold.
+
+        Only a trusted latency holds a budget, and the second measurement comes before the search's. That counts
+        where there is no second one, or where it was made under the same conditions and is not to be trusted.
+        """
+        again, first = self.finalist(row), row.latency or {}
+        measured = [source for source in (again, first) if as_number(source.get("high_ms")) is not None]
+        if len(measured) > 1 and again.get("conditions") not in (None, row.conditions):
+            measured = [again]
+        if self.latency_budget is None or not measured:
+            return None
+        trusted = [source for source in measured if source.get("trusted") is not False]
+        if not trusted:
+            return "untrusted"
+        return "over" if float(trusted[0]["high_ms"]) > self.latency_budget else None
+
     def commonest_failure(self) -> tuple[str, str, int] | None:
         """Kind, reason and number of what ended most of the failed and pruned trials; None if no reason is known."""
         failures = [row.failure for row in self.in_state("failed", "pruned") if row.failure]
         counts = Counter((one_line(f.get("kind", "error")), one_line(f.get("reason", ""))) for f in failures)
         return next(((kind, reason, count) for (kind, reason), count in counts.most_common(1)), None)
+
+    def notes(self) -> list[str]:
+        """Sentences that belong beside the front: of other conditions, untrusted latencies, budgets left open."""
+        from nas.report.conditions import notes  # reads reports itself
+
+        return notes(self)
 
     def verdict(self) -> str:
         """One honest sentence: what was found against the baseline, and nothing that lies within the noise."""

@@ -14,9 +14,11 @@ from typing import Any
 import yaml
 
 from nas.files import atomic_write_text
+from nas.report.conditions import UNTRUSTED, measured_on, short_conditions
 from nas.report.data import RunReport, TrialRow
 from nas.report.formats import as_number, format_seconds, format_value, objective_label, one_line
 from nas.report.importance import Importance, importance_figure, parallel_figure, parameter_importance
+from nas.report.page_style import SCRIPT, STYLE
 from nas.report.plots import curves_figure, front_figure
 from nas.report.tables import Column, interval_text, judgement, trial_columns
 from nas.report.words import summarize
@@ -26,60 +28,6 @@ __all__ = ["render_html", "write_html"]
 _TAIL = 4000
 _GROUPS = 100
 _TAILS_PER_GROUP = 3
-
-_STYLE = """
-:root { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f6f7f9; }
-body { margin: 0 auto; max-width: 1240px; padding: 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
-section { background: #fff; border: 1px solid #e1e4e8; border-radius: 8px; padding: 1rem 1.2rem; margin: 1rem 0; }
-.sub, .note { color: #5b6470; } .note { font-size: .9rem; margin: .4rem 0; }
-.verdict { border-left: 5px solid #0072B2; font-size: 1.08rem; overflow-wrap: anywhere; }
-.cards { display: flex; flex-wrap: wrap; gap: .7rem; margin-top: 1rem; }
-.card { border: 1px solid #e1e4e8; border-radius: 6px; padding: .4rem .9rem; min-width: 7rem; }
-.card b { display: block; font-size: 1.15rem; } .card span { color: #5b6470; font-size: .85rem; }
-.scroll { overflow: auto; max-height: 36rem; margin-top: .5rem; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .6rem; border-bottom: 1px solid #eceff2; text-align: right; white-space: nowrap; }
-th { position: sticky; top: 0; background: #fff; box-shadow: 0 1px #c5cbd2; }
-th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid #0072B2; }
-th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-td.text, th.text { text-align: left; }
-td.wide { font: .8rem/1.4 ui-monospace, monospace; white-space: normal; min-width: 22rem; overflow-wrap: anywhere; }
-tr.front td { background: #e8f2fa; } tr.baseline td { background: #fdeee4; }
-table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
-table.facts td:first-child { color: #5b6470; white-space: nowrap; }
-pre { background: #f6f8fa; padding: .7rem; overflow: auto; max-height: 28rem; font-size: .8rem; margin: .4rem 0; }
-details { border-bottom: 1px solid #eceff2; padding: .35rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 2rem; }
-"""
-
-_SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-for (const [id, figure] of Object.entries(figures)) {
-  const place = document.getElementById(id);
-  const flat = figure.data.every(trace => trace.type !== "parcoords");
-  // Named one by one, because the default buttons of some versions include one that uploads the figure.
-  const modeBarButtons = [["toImage", ...(flat ? ["zoom2d", "pan2d", "resetScale2d"] : [])]];
-  const config = {responsive: true, displaylogo: false, plotlyServerURL: "", modeBarButtons};
-  Plotly.newPlot(place, figure.data, figure.layout, config)
-    .catch(error => { place.textContent = "This figure cannot be drawn here: " + error; });
-}
-for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
-    const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-    const value = row => row.cells[column].dataset.v ?? row.cells[column].textContent;
-    const compare = (a, b) => {
-      const [x, y] = [value(a), value(b)];
-      if (x === "" || y === "") return (x === "") - (y === "");
-      return sign * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y);
-    };
-    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
-    heads.forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-  }));
-}
-"""
 
 
 def write_html(report: RunReport, path: Path) -> None:
@@ -106,9 +54,9 @@ def render_html(report: RunReport) -> str:
     if figures:
         from plotly.offline import get_plotlyjs
 
-        scripts = [_inline(get_plotlyjs()), _inline(_SCRIPT)]
+        scripts = [_inline(get_plotlyjs()), _inline(SCRIPT)]
     elif report.trials:
-        scripts = [_inline(_SCRIPT)]
+        scripts = [_inline(SCRIPT)]
     data = f'<script type="application/json" id="figures">{_json(figures)}</script>'
     # The policy names the scripts by their hashes, so that nothing that slipped into the page could run.
     # 'unsafe-eval' is for the WebGL part of plotly.js, which compiles its drawing routines.
@@ -122,7 +70,7 @@ def render_html(report: RunReport) -> str:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             f"<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}; base-uri 'none'; form-action 'none'\">",
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(report.name)}: {_text(report.space)}</title><style>{_STYLE}</style></head><body>",
+            f"<title>{_text(report.name)}: {_text(report.space)}</title><style>{STYLE}</style></head><body>",
             *sections,
             data,
             *(f"<script>{script}</script>" for script in scripts),
@@ -209,11 +157,12 @@ def _front(report: RunReport, figures: dict[str, dict[str, Any]]) -> str:
     if not front:
         return _section(title, _note("No candidate has been evaluated to the end."))
     base = report.baseline_row()
-    alone = base is not None and base.state == "complete" and all(base is not row for row in front)
-    shown = [*front, base] if alone and base is not None else front
-    note = ""
+    shown = front
+    if base is not None and report.beside_front(base) and all(base is not row for row in front):
+        shown = [*front, base]
+    note = "".join(_note(text) for text in report.notes())
     if len(report.objectives) > 2:
-        note = _note(
+        note += _note(
             f"The points marked as front are non-dominated in all {len(report.objectives)} objectives, of which two "
             "are drawn; the line joins those that are non-dominated in these two alone."
         )
@@ -229,7 +178,7 @@ def _finalists(report: RunReport) -> str:
     for found in report.finalists:
         title = f"#{found.get('number')} {found.get('name') or ''}"
         ratio = interval_text(found, "ratio", "ratio_low", "ratio_high")
-        cells = [interval_text(found), ratio, judgement(found)]
+        cells = [interval_text(found), ratio, judgement(found, report.latency_budget)]
         test = found.get("test") or {}
         texts = [
             f"{name} {format_value(name, value)}"
@@ -241,11 +190,12 @@ def _finalists(report: RunReport) -> str:
         "The front, the baseline and the published variants measured again, interleaved; the interval of a ratio holds "
         "at 99.5 %, and less than 1 % is not called a difference. Test metrics are of data that the search never saw."
     )
+    where = f"Measured on {report.target}, {place}. " if (place := measured_on(report)) else ""
     doubts = dict.fromkeys(str(reason) for found in report.finalists for reason in found.get("reasons") or ())
     warning = f"Not to be trusted: {'; '.join(doubts)}." if doubts else ""
     heads = ["trial", "latency (ms)", "latency / baseline's", "verdict", "test metrics"]
     return _section(
-        "Finalists", _note(note), *([_note(warning)] if doubts else []), _plain_table(heads, rows)
+        "Finalists", _note(where + note), *([_note(warning)] if doubts else []), _plain_table(heads, rows)
     )
 
 
@@ -300,8 +250,20 @@ def _curves(report: RunReport, figures: dict[str, dict[str, Any]]) -> str:
 def _trials(report: RunReport) -> str:
     if not report.trials:
         return ""
-    table = _table(report, report.trials, trial_columns(report))
-    return _section("All trials", _note("Click a heading to sort."), f'<div class="scroll">{table}</div>')
+    note = "Click a heading to sort."
+    columns = trial_columns(report)
+    if any(row.conditions for row in report.trials):
+        columns.append(
+            Column(
+                "conditions",
+                lambda row: None,
+                lambda row: short_conditions(row.conditions) if row.latency else "",
+            )
+        )
+    if any(not row.trusted for row in report.trials):
+        note = f"{UNTRUSTED} a latency that is untrusted: the machine was out of bounds. {note}"
+    table = _table(report, report.trials, columns)
+    return _section("All trials", _note(note), f'<div class="scroll">{table}</div>')
 
 
 def _table(
@@ -340,8 +302,8 @@ def _table(
 
 def _number_cell(value: float | None, text: str) -> str:
     number = as_number(value)
-    key = "" if number is None else f"{number:.10g}"
-    return f'<td data-v="{key}">{_text(text)}</td>'
+    key = "" if number is None else f' data-v="{number:.10g}"'  # without one, it sorts by its text
+    return f"<td{key}>{_text(text)}</td>"
 
 
 def _plain_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -16,7 +16,9 @@ __all__ = ["write_pareto_csv"]
 def write_pareto_csv(report: RunReport, path: Path) -> None:
     """Write every complete trial to ``path``, one row each, with its architecture as JSON in the last column.
 
-    Latencies are in milliseconds. Text that a spreadsheet would run as a formula gets a leading apostrophe.
+    Latencies are in milliseconds; those whose ``latency_conditions`` (digest and clock) differ do not compare, and
+    ``on_front`` tells of those of one kind alone. Text that a spreadsheet would run as a formula gets a leading
+    apostrophe.
     """
     rows = sorted(report.in_state("complete"), key=lambda row: row.number)
     front = {row.number for row in report.front()}
@@ -38,6 +40,7 @@ def write_pareto_csv(report: RunReport, path: Path) -> None:
         "latency_raw_median_ms",
         "latency_clock",
         "latency_trusted",
+        "latency_conditions",
         "params",
         "macs",
         *(f"test_{name}" for name in tests),
@@ -62,7 +65,7 @@ def write_pareto_csv(report: RunReport, path: Path) -> None:
     atomic_write_text(path, buffer.getvalue())
 
 
-_LATENCY = ("median_ms", "low_ms", "high_ms", "precise", "raw_median_ms", "clock", "trusted")
+_LATENCY = ("median_ms", "low_ms", "high_ms", "precise", "raw_median_ms", "clock", "trusted", "conditions")
 
 
 def _cell(value: object) -> object:

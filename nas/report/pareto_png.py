@@ -26,7 +26,11 @@ _LABELLED = 10
 
 def _title(report: RunReport) -> str:
     task = report.task_description.get("name")
-    return one_line(f"{report.space} on {task}" if task else report.space, 70)
+    title = one_line(f"{report.space} on {task}" if task else report.space, 70)
+    left_out = len(report.usable()) - len(report.comparable())
+    if left_out:
+        title += f"\nwithout {left_out} candidates whose latencies were measured under other conditions"
+    return title
 
 
 def write_pareto_png(report: RunReport, path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from nas.report.conditions import UNTRUSTED, measured_on
 from nas.report.data import RunReport, TrialRow
 from nas.report.formats import (
     as_number,
@@ -87,7 +88,7 @@ def _figures(row: TrialRow, objectives: Sequence[tuple[str, str]]) -> list[str]:
         if value is None:
             continue
         if name.startswith("latency"):
-            texts.append(f"{format_ms(value):>8} {_half_width(row):>5}".rstrip())
+            texts.append(f"{format_ms(value):>8} {_half_width(row) + _doubt(row):>5}".rstrip())
         else:
             texts.append(f"{one_line(objective_label(name))} {format_value(name, value)}")
     params = as_number(row.metrics.get("params"))
@@ -107,6 +108,10 @@ def _half_width(row: TrialRow) -> str:
         return ""
     share = (high - low) / 2 / median
     return f"±{share:.1%}" if share < 0.0995 else f"±{share:.0%}"
+
+
+def _doubt(row: TrialRow) -> str:
+    return "" if row.trusted else UNTRUSTED
 
 
 def _failure_text(row: TrialRow) -> str:
@@ -149,9 +154,12 @@ def interval_text(
 
 
 def latency_text(row: TrialRow, objective: str | None = None) -> str:
-    """Milliseconds with their interval, from the trial's measurement or else from the value of ``objective``."""
+    """Milliseconds with their interval, from the trial's measurement or else from the value of ``objective``.
+
+    A question mark follows what was measured while the machine was out of bounds; ``notes`` explains it.
+    """
     fallback = {"median_ms": row.values.get(objective)} if objective else {}
-    return interval_text(row.latency or fallback)
+    return interval_text(row.latency or fallback) + _doubt(row)
 
 
 @dataclass(frozen=True)
@@ -207,9 +215,10 @@ def _metric(name: str, row: TrialRow) -> float | None:
 
 
 def front_table(report: RunReport) -> Group:
-    """The front and the baseline: their figures as a table, their architectures below it.
+    """The front and the baseline: their figures as a table, their architectures below it, then ``report.notes``.
 
-    A front of more than 20 is shown by 20 of its members, spread evenly; the title says so.
+    A baseline that was measured under other conditions is not in the table. A front of more than 20 is shown by 20 of
+    its members, spread evenly; the title says so.
     """
     front = report.front()
     if not front:
@@ -229,7 +238,7 @@ def front_table(report: RunReport) -> Group:
     for row in shown:
         table.add_row(Text(one_line(row.title, 40)), *(Text(column.text(row)) for column in columns))
     extra = []
-    if base is not None and base.state == "complete" and all(base is not row for row in shown):
+    if base is not None and report.beside_front(base) and all(base is not row for row in shown):
         extra = [base]
         table.add_section()
         table.add_row(
@@ -241,12 +250,15 @@ def front_table(report: RunReport) -> Group:
     short = _short_words(report)
     for row in [*shown, *extra]:
         listing.add_row(Text(f"#{row.number}"), Text(summarize(row.architecture, short), style="dim"))
-    return Group(Text(title, style="bold"), table, listing)
+    notes = [Text(note, style="yellow") for note in report.notes()]
+    return Group(Text(title, style="bold"), table, listing, *notes)
 
 
 def finalists_table(report: RunReport) -> Table:
     """The second measurement of the front beside the baseline: latency, ratio to the baseline, test metric."""
-    table = _table(f"Measured again side by side on {report.target}")
+    table = _table()
+    heading = [one_line(f"Measured again side by side on {report.target}", 78), measured_on(report)]
+    table.title = Text("\n".join(line for line in heading if line), style="bold")
     columns = ["latency (ms)", "to baseline", ""]
     if report.test_metric is not None:
         columns.append(_two_lines(f"test {one_line(objective_label(report.test_metric), 25)}"))
@@ -256,7 +268,7 @@ def finalists_table(report: RunReport) -> Table:
         row = rows.get(int(found["number"]))
         latency, ratio = interval_text(found), interval_text(found, "ratio", "ratio_low", "ratio_high")
         is_base = row is not None and row.name is not None and row.name == report.baseline
-        cells = [latency, "baseline" if is_base else ratio, judgement(found)]
+        cells = [latency, "baseline" if is_base else ratio, judgement(found, report.latency_budget)]
         if report.test_metric is not None:
             value = report.test_value(row) if row is not None else None
             cells.append("" if value is None else format_value(report.test_metric, value))
@@ -265,10 +277,16 @@ def finalists_table(report: RunReport) -> Table:
     return table
 
 
-def judgement(found: Mapping[str, Any]) -> str:
-    """What may be said of a finalist: ``faster``, ``slower`` or ``cannot tell``, and whether it may be trusted."""
-    verdict = str(found.get("verdict") or "")
-    return f"{verdict} (untrusted)".strip() if found.get("trusted") is False else verdict
+def judgement(found: Mapping[str, Any], budget: float | None = None) -> str:
+    """What may be said of a finalist: ``faster``, ``slower`` or ``cannot tell``, and whether it may be trusted.
+
+    ``over budget`` where its latency is not surely at most ``budget`` (milliseconds).
+    """
+    high, parts = as_number(found.get("high_ms")), [str(found.get("verdict") or "")]
+    if budget is not None and high is not None and high > budget:
+        parts.append("over budget")
+    text = ", ".join(part for part in parts if part)
+    return f"{text} (untrusted)".strip() if found.get("trusted") is False else text
 
 
 def failures_table(report: RunReport) -> Table:

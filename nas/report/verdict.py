@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from nas.report.data import Measured, RunReport, TrialRow
-from nas.report.formats import as_number, format_interval, format_value, objective_label
+from nas.report.formats import as_number, format_interval, format_value, is_latency, objective_label
 
 __all__ = ["Verdict"]
 
@@ -16,13 +16,15 @@ class Verdict:
 
     def __init__(self, report: RunReport):
         self.report = report
-        self.rows = report.comparable()
-        self.found = [row for row in self.rows if row.name is None]
         self.base = report.baseline_row()
         self.cost_name, cost_direction = report.cost or ("", "minimize")
         self.cost_sign = 1 if cost_direction == "minimize" else -1
         # What was measured again beside the baseline counts, and then nothing else may be claimed.
         self.again = self.base is not None and report.cost_of(self.base, again=True) is not None
+        comparable = {row.number for row in report.comparable()}
+        # Measured again in one session, they compare whatever they were measured under before.
+        self.rows = [row for row in report.usable() if row.number in comparable or self._together(row)]
+        self.found = [row for row in self.rows if row.name is None]
 
     def sentence(self) -> str:
         """The sentence of the case that the report is."""
@@ -61,11 +63,19 @@ class Verdict:
             return f"{text}; no baseline was given to compare with."
         if self.base is None or self.base.state in ("waiting", "running", "interrupted"):
             return f"{text}; the baseline {baseline} has not been evaluated yet."
+        if any(self.base is row for row in self.report.usable()):
+            return (
+                f"{text}; nothing is compared with the baseline {baseline}, measured under other conditions."
+            )
         reason = (self.base.failure or {}).get("reason") or self.base.state
         return f"{text}; there is nothing to compare with, as the baseline {baseline} failed: {reason}"
 
     def _values(self, row: TrialRow) -> str:
-        return ", ".join(_valued(name, row.values[name]) for name, _ in self.report.objectives)
+        doubts = {name: is_latency(name) and not row.trusted for name, _ in self.report.objectives}
+        return ", ".join(
+            _valued(name, row.values[name]) + (" untrusted" if doubt else "")
+            for name, doubt in doubts.items()
+        )
 
     def _best_quality(self) -> tuple[str, str, TrialRow]:
         name, direction = self.report.quality or self.report.objectives[0]
@@ -98,8 +108,11 @@ class Verdict:
             )
         ahead = [row for row in good if self._wholly_ahead(row, base)]
         if ahead:
-            best = min(ahead, key=self._cost_key)
-            return f"Found {best.title}: {self._cost_text(best, base)}, {self._quality_text(best, base)}."
+            best = min(
+                [row for row in ahead if not self.report.budget_doubt(row)] or ahead, key=self._cost_key
+            )
+            figures = f"{self._cost_text(best, base)}, {self._quality_text(best, base)}"
+            return f"Found {best.title}: {figures}{self._budget_text(best)}."
         best = min([row for row in good if self._measured_like(row)] or good, key=self._cost_key)
         condition = f" at no worse {self.report.quality_label}" if self.report.quality else ""
         return (
@@ -114,17 +127,32 @@ class Verdict:
         difference = row.values[name] - base.values[name]
         return difference >= 0 if direction == "maximize" else difference <= 0
 
+    def _together(self, row: TrialRow) -> bool:
+        return self.again and self.report.cost_of(row, again=True) is not None
+
     def _measured_like(self, row: TrialRow) -> bool:
         """Whether ``row`` was measured again if the baseline was."""
         return not self.again or self.report.cost_of(row, again=True) is not None
 
     def _costs(self, row: TrialRow, base: TrialRow) -> tuple[Measured, Measured]:
-        """Costs of both from the same round of measurements."""
+        """Costs of both from the same round of measurements; unknown where they were made under other conditions."""
         again = self.again and self._measured_like(row)
         unknown = Measured(math.nan, math.nan, math.nan)
+        if not again and self._apart(row, base):
+            return unknown, unknown
         return self.report.cost_of(row, again=again) or unknown, self.report.cost_of(
             base, again=again
         ) or unknown
+
+    def _apart(self, row: TrialRow, base: TrialRow) -> bool:
+        """Whether the latencies of the search do not compare."""
+        return is_latency(self.cost_name) and row.conditions != base.conditions
+
+    def _doubtful(self, row: TrialRow, *, again: bool) -> bool:
+        """Whether this cost of ``row`` was measured while the machine was out of bounds."""
+        if not is_latency(self.cost_name):
+            return False
+        return self.report.finalist(row).get("trusted") is False if again else not row.trusted
 
     def _wholly_ahead(self, row: TrialRow, base: TrialRow) -> bool:
         if not self._measured_like(row):
@@ -134,6 +162,8 @@ class Verdict:
             again.get("verdict") is not None
         ):  # decided from pairs of visits, more sharply than by two intervals
             return bool(again["verdict"] == ("faster" if self.cost_sign > 0 else "slower"))
+        if any(self._doubtful(one, again=self._together(row)) for one in (row, base)):
+            return False
         ours, theirs = self._costs(row, base)
         if not (ours.high < theirs.low if self.cost_sign > 0 else ours.low > theirs.high):
             return False
@@ -145,6 +175,8 @@ class Verdict:
         return math.inf if cost is None else self.cost_sign * cost.value
 
     def _why_not(self, row: TrialRow, base: TrialRow) -> str:
+        if not self._together(row) and self._apart(row, base):
+            return "it was not measured again beside the baseline"
         ours, theirs = self._costs(row, base)
         if math.isnan(ours.low) or math.isnan(theirs.low):
             return "no interval was measured, so no difference can be claimed"
@@ -155,14 +187,29 @@ class Verdict:
             return "they cost the same" if exact else "the intervals overlap"
         if self.cost_sign * ours.value > self.cost_sign * theirs.value:
             return "it costs more"
+        if any(self._doubtful(one, again=self._together(row)) for one in (row, base)):
+            return "of an untrusted latency no difference is claimed"
         if not self._measured_like(row):
             return "it was not measured again beside the baseline"
         return "the interval of their ratio includes 1"
 
     def _cost_text(self, row: TrialRow, base: TrialRow) -> str:
-        texts = [_cost_value(self.cost_name, cost) for cost in self._costs(row, base)]
+        again = self._together(row)
+        if not again and self._apart(row, base):
+            return f"a latency that does not compare with that of {base.name}"
+        texts = [
+            _cost_value(self.cost_name, cost) + (" untrusted" if self._doubtful(one, again=again) else "")
+            for one, cost in zip((row, base), self._costs(row, base), strict=True)
+        ]
         label = "" if self.cost_name.endswith("_ms") else f"{objective_label(self.cost_name)} "
         return f"{label}{texts[0]} against {base.name} {texts[1]}"
+
+    def _budget_text(self, row: TrialRow) -> str:
+        doubt, budget = self.report.budget_doubt(row), self.report.latency_budget
+        if doubt is None:
+            return ""
+        why = "is not held when measured again" if doubt == "over" else "is not known to hold"
+        return f"; the latency budget of {budget:g} ms {why}"
 
     def _quality_text(self, row: TrialRow, base: TrialRow) -> str:
         if self.report.quality is None:
