@@ -22,6 +22,7 @@ from nas.latency import extras
 from nas.latency.clocks import CONTENDED_ABOVE, clock_of, wall_cpu_ratio, worst_ratio
 from nas.latency.compare import MARGIN, all_decided, compare_all
 from nas.latency.guard import Reading, displaced, judge, read_machine, unsettled
+from nas.latency.guard_session import unsteady
 from nas.latency.identity import Identity, describe_inputs, identity_of
 from nas.latency.priority import Granted, undisturbed
 from nas.latency.reference import ReferenceTimes, reference_workload
@@ -284,7 +285,14 @@ class _Measurement:
         scale, digest = ReferenceTimes(self.options.scale), f"{self._scale_digest(granted)}-{clock}"
         known = scale.get(digest)
         moved = displaced(rounds.session_ms(), known, ratios_only=self.plan.together)
-        reasons = (*found, *unsettled(rounds.quiet_share()), *moved)
+        times = rounds.reference_times()
+        shown = unsteady(
+            drift=drift(times),
+            splits=rounds.splits,
+            visits=len(times),
+            raw_over_corrected=[rounds.raw_over_corrected(track) for track in rounds.tracks.values()],
+        )
+        reasons = (*found, *unsettled(rounds.quiet_share()), *shown, *moved)
         if not reasons and known is None:  # a disturbed session must not be everybody's scale
             scale.put(digest, rounds.session_ms())
         results = {

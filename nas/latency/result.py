@@ -31,7 +31,7 @@ class LatencyResult:
         reference_ms: the reference's long-run time that the ratio was multiplied with: the first trusted one of a run,
             or that of this session. Its own uncertainty is not in the interval.
         session_reference_ms: the reference's median in the quiet part of this session.
-        p90_ms, p99_ms: of all timed calls but, of a model below 20 ms, the first of each visit, which find the caches
+        p90_ms, p99_ms: of all timed calls but, of a model below 6 ms, the first of each visit, which find the caches
             filled by another model; None from fewer than 100 or 1,000 of them.
         samples: timed calls; ``runs``: calls of the model in all, warm-up included.
         rounds: visits; ``quiet_rounds``: those while the reference ran within 10 % of its fastest tenth. They make the

@@ -33,7 +33,8 @@ LEAST_PLACES = 6
 _QUIET_SHARE = 0.1
 _QUIET_BAND = 1.1
 _REFERENCE_SECONDS = 0.07
-_MOVING_SHARE = 1 / 3  # of the time between two moves
+_MOVING_SHARE = 0.15  # of the time between two moves
+_MOVING_SHARE_TOGETHER = 1 / 3  # a verdict waits for so many places
 _LOOKED_AT = 0.98
 _WARMUP_WINDOW = 5
 _WARMUP_SLOPE = 0.01
@@ -184,6 +185,11 @@ class Rounds:
         ratios = [visit.ratio(self.clock) for visit in visits]
         return ratios, by_place(ratios, [visit.place for visit in visits])
 
+    def raw_over_corrected(self, track: Track) -> float:
+        """The plain median of a model's visits over that of the quiet ones, by the reference's time in this session."""
+        raw = statistics.median(getattr(visit.times, self.clock) for visit in track.visits)
+        return float(raw / (statistics.median(self.ratios(track)) * self.session_ms()))
+
     def quiet_share(self) -> float:
         """Share of all visits, 0 to 1, that were quiet on both sides."""
         clock, ceiling = self.clock, self.ceiling()
@@ -245,7 +251,8 @@ class Rounds:
                 for track in active:
                     track.stopped = reason
                 return
-            if self._now() - self._moved >= self._moving / _MOVING_SHARE:
+            share = _MOVING_SHARE_TOGETHER if self.plan.together else _MOVING_SHARE
+            if self._now() - self._moved >= self._moving / share:
                 self._move()
             self._round(active)
             if self.number < self.plan.min_rounds or self._place < LEAST_PLACES:

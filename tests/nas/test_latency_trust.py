@@ -29,6 +29,7 @@ def machine_is(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[], list[str]]
     measuring = sys.modules["nas.latency.measure"]
     monkeypatch.setattr(measuring, "judge", lambda *a, **k: verdict())
     monkeypatch.setattr(measuring, "unsettled", lambda share: [])
+    monkeypatch.setattr(measuring, "unsteady", lambda **session: [])
     monkeypatch.setattr(measuring, "displaced", lambda *a, **k: [])
 
 

@@ -456,7 +456,7 @@ def test_models_are_moved_again_and_again_and_slow_ones_are_warm_there() -> None
 
     models = {"fast": 5.0, "slow": 80.0}
     rounds = machine.session(models, Plan(8.0, 1e-9, most_rounds=10**6), relocate=relocate)
-    assert len(moves) >= 12
+    assert len(moves) >= 6
     for at in moves[1:]:
         # The reference ends the visits elsewhere; one cold call shows where a visit has only one.
         assert machine.seen[at - 1] == "reference"
@@ -477,7 +477,7 @@ def test_moving_takes_a_share_of_the_time_and_stops_where_nothing_can_be_moved()
         return True
 
     machine.session({"a": 5.0}, Plan(20.0, 1e-9, most_rounds=10**6), relocate=slowly)
-    assert 8 <= len(calls) <= 11  # half a second each, after a second and a half each
+    assert 5 <= len(calls) <= 7  # half a second each, after more than three seconds each
 
     def never() -> bool:
         calls.append(0.0)
