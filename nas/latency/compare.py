@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from nas.latency.result import Pair, Verdict
 from nas.latency.rounds import SURE, Rounds
 from nas.latency.statistics import enclosing, median_interval
-from nas.latency.visits import Track, by_place, quietest
+from nas.latency.visits import Track, by_place
 
 __all__ = ["MARGIN", "all_decided", "compare", "compare_all"]
 
@@ -80,7 +80,11 @@ def _paired(first: Track, second: Track, clock: str, ceiling: float) -> tuple[li
     """The ratio of each round in which both were visited, and the place that it was taken in."""
     others = {visit.round: visit for visit in second.visits}
     couples = [(visit, others[visit.round]) for visit in first.visits if visit.round in others]
-    quiet = quietest(couples, lambda two: max(visit.noise(clock) for visit in two), ceiling, LEAST_PAIRED)
+    noise = [max(visit.noise(clock) for visit in two) for two in couples]
+    # Where quiet rounds are of too few places to tell anything, the quietest rounds of further places count.
+    best = by_place(noise, [mine.place for mine, _ in couples], min)
+    bound = max(ceiling, sorted(best)[min(LEAST_PAIRED, len(best)) - 1]) if best else ceiling
+    quiet = [two for two, much in zip(couples, noise, strict=True) if much <= bound]
     ratios = [mine.ratio(clock) / theirs.ratio(clock) for mine, theirs in quiet]
     return ratios, [mine.place for mine, _ in quiet]
 

@@ -82,12 +82,16 @@ def quietest(visits: Sequence[_V], noise: Callable[[_V], float], ceiling: float,
     return [visit for visit in visits if noise(visit) <= bound]
 
 
-def by_place(values: Sequence[float], places: Sequence[int]) -> list[float]:
+def by_place(
+    values: Sequence[float],
+    places: Sequence[int],
+    of: Callable[[list[float]], float] = statistics.median,
+) -> list[float]:
     """The median of the values of each place: these are independent of each other, values of one place are not."""
     found: dict[int, list[float]] = {}
     for value, place in zip(values, places, strict=True):
         found.setdefault(place, []).append(value)
-    return [statistics.median(one) for one in found.values()]
+    return [of(one) for one in found.values()]
 
 
 def share_out_calls(tracks: Sequence[Track], times: Mapping[str, Times]) -> None:

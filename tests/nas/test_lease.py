@@ -23,12 +23,12 @@ from nas.latency import gate as gate_module
 from nas.latency.gate import DeviceGate, GateTimeout
 from nas.latency.lease import LeaseLost, LockFiles, try_lock
 
+pytestmark = pytest.mark.alone
+
 PRELUDE = """
 import contextlib, os, sys, time
 from pathlib import Path
 from nas.latency.gate import DeviceGate, LeaseLost
-
-pytestmark = pytest.mark.alone
 place = Path(sys.argv[1])
 gate = DeviceGate("cpu", place, stale_after=float(sys.argv[2]))
 def flag(name, text=""):

@@ -532,6 +532,21 @@ def test_copies_in_other_places_are_not_called_faster() -> None:
     assert found >= 24
 
 
+def test_a_busy_machine_leaves_enough_places_to_tell_a_factor_of_two() -> None:
+    """A few calm moments, all in the same few places, are not all that a verdict is made of."""
+    memory = Memory(0, 0.01, 0.005)
+    memory._slowness = lambda at: 1.0 if at % 2.0 < 0.5 else 1.5
+
+    def slowly() -> bool:
+        memory.at += 0.2
+        return memory.relocate()
+
+    rounds = memory.session({"a": 5.0, "b": 10.0}, Plan(10.0, together=True), relocate=slowly)
+    quiet = [v for v in rounds.tracks["a"].visits if v.noise("wall") <= rounds.ceiling(1.25)]
+    assert len(quiet) >= 9 > len({visit.place for visit in quiet})
+    assert compare_all(rounds)[0].verdict == "faster"
+
+
 @pytest.mark.parametrize(("noise", "spread"), [(0.03, 0.0), (0.01, 0.0075), (0.005, 0.01)])
 def test_intervals_hold_the_truth_as_often_as_they_say(noise: float, spread: float) -> None:
     held = 0
