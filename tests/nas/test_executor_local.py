@@ -188,6 +188,7 @@ class TestTimeLimit:
         executor = make(1)
         pid = value_of(run(executor, "identify"))["pid"]
         os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
         big = {"x": "x" * (3 << 20)}  # more than the pipe takes from a writer that nobody reads
         assert failure_of(run(executor, "echo", big, time_limit=0.3)).kind == "timeout"
         wait_until(lambda: not alive(pid))
