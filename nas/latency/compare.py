@@ -15,6 +15,7 @@ from nas.latency.visits import Track, by_place
 __all__ = ["MARGIN", "all_decided", "compare", "compare_all"]
 
 LEAST_PAIRED = 9
+"""So many places in memory are seen before a verdict is given."""
 
 MARGIN = 0.01
 """A smaller difference is not called one: two copies of one model may differ by as much on one machine."""
@@ -56,8 +57,11 @@ def all_decided(rounds: Rounds, precision: float, *, against: str | None, margin
     """Whether more rounds would hardly change a verdict.
 
     Each is clear, or the two are surely equal to within ``margin``, or the ratio is so near the margin that even an
-    interval of a quarter of ``precision`` on either side does not tell.
+    interval of a quarter of ``precision`` on either side does not tell. Before ``LEAST_PAIRED`` places have been seen
+    nothing is: no verdict is given yet.
     """
+    if any(len({visit.place for visit in track.visits}) < LEAST_PAIRED for track in rounds.tracks.values()):
+        return False
     return all(
         pair.rounds >= rounds.plan.min_rounds
         and (

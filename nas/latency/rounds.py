@@ -120,7 +120,7 @@ class Rounds:
         self._order: list[Track] = []
         self._before = NEVER
         self._reference_at = -math.inf
-        self._open: list[tuple[Track, int, Times]] = []
+        self._open: list[tuple[Track, int, int, Times]] = []  # track, round, place, times
         self._splits = 0
 
     @property
@@ -305,7 +305,7 @@ class Rounds:
         for track in self._order:
             if not self.plan.together or self._now() - self._reference_at >= _REFERENCE_SECONDS:
                 self._close_visits()
-            self._open.append((track, self.number, self._visit(track)))
+            self._open.append((track, self.number, self._place, self._visit(track)))
         if not self.plan.together:
             self._close_visits()
         self.number += 1
@@ -316,8 +316,8 @@ class Rounds:
             return  # nothing but a look at the figures since its last visit, and a short one
         after = self._visit(self.reference)
         self._reference_at = self._now()
-        for track, number, times in self._open:
-            track.visits.append(Visit(number, times, self._before, after, self._place))
+        for track, number, place, times in self._open:
+            track.visits.append(Visit(number, times, self._before, after, place))
         self._open.clear()
         self._before = after
 

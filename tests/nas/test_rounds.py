@@ -10,113 +10,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import bootstrap
 
-from nas.latency.compare import all_decided, compare, compare_all
 from nas.latency.guard import unsettled
 from nas.latency.rounds import Plan, Rounds
 from nas.latency.runner import Times
 from nas.latency.statistics import (
-    bootstrap_interval,
     drift,
-    median_interval,
-    percentile,
-    relative_slope,
-    splits,
 )
 from nas.latency.visits import Track, calls_of, median_times, share_out_calls
-
-
-class Machine:
-    """Time passes only while something runs; ``slowness`` is what a drifting machine multiplies it with."""
-
-    def __init__(
-        self, seed: int = 0, noise: float = 0.0, slowness: Callable[[float], float] = lambda at: 1.0
-    ):
-        self.at = 0.0
-        self.seen: list[str] = []
-        self._rng, self._noise, self._slowness = random.Random(seed), noise, slowness
-
-    def model(self, name: str, milliseconds: float, cold: Sequence[float] = ()) -> Callable[[], Times]:
-        extra = list(cold)
-
-        def run() -> Times:
-            self.seen.append(name)
-            ms = milliseconds * self._slowness(self.at) * math.exp(self._rng.gauss(0, self._noise))
-            ms += extra.pop(0) if extra else 0.0
-            self.at += ms / 1000
-            return Times(ms, ms, math.nan)
-
-        return run
-
-    def now(self) -> float:
-        return self.at
-
-    def session(self, models: dict[str, float], plan: Plan, **options: object) -> Rounds:
-        made = {name: self.model(name, ms) for name, ms in models.items()}
-        rounds = Rounds(
-            made, self.model("reference", 1.0), plan, lambda calls: "wall", now=self.now, **options
-        )  # type: ignore[arg-type]
-        rounds.warm_up()
-        rounds.run()
-        return rounds
-
-
-# -- statistics --------------------------------------------------------------------------------------------------------
-
-
-def test_the_bootstrap_interval_is_that_of_scipy() -> None:
-    values = np.random.default_rng(3).lognormal(0, 0.1, 40)
-    theirs = bootstrap(
-        (values,), np.median, n_resamples=20000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    low, high = bootstrap_interval(values.tolist())
-    assert low == pytest.approx(theirs.low, rel=0.01)
-    assert high == pytest.approx(theirs.high, rel=0.01)
-    assert bootstrap_interval(values.tolist()) == (low, high)
-    assert bootstrap_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-
-
-@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
-@settings(max_examples=60, deadline=None)
-def test_intervals_hold_the_median(values: list[float]) -> None:
-    middle = statistics.median(values)
-    for low, high in (bootstrap_interval(values), median_interval(values), median_interval(values, 0.995)):
-        assert min(values) <= low <= middle <= high <= max(values)
-
-
-def test_order_statistics_cover_as_often_as_they_say() -> None:
-    rng = random.Random(1)
-    for confidence in (0.95, 0.995):
-        hits = 0
-        for _ in range(2000):
-            low, high = median_interval([rng.gauss(0, 1) for _ in range(15)], confidence)
-            hits += low <= 0 <= high
-        assert hits / 2000 >= confidence - 0.01
-
-
-def test_tails_need_samples() -> None:
-    values = [float(i) for i in range(1, 1001)]
-    assert percentile(values[:99], 0.9) is None
-    assert percentile(values[:100], 0.9) == 90.0
-    assert percentile(values[:999], 0.99) is None
-    assert percentile(values, 0.99) == 990.0
-
-
-def test_trends() -> None:
-    assert relative_slope([1.0, 1.1, 1.2, 1.3, 1.4]) == pytest.approx(0.1 / 1.2)
-    assert drift([1.0] * 5 + [2.0] * 5) == 2.0
-    assert splits([1.0, 1.01] * 20) == []
-    assert splits([1.0] * 20 + [9.0] + [1.0] * 20) == []
-    assert len(splits([1.0] * 20 + [1.1] * 20)) == 1
-    assert len(splits([1.0] * 20 + [1.1] * 20 + [1.0] * 20)) == 2
-
-
-# -- rounds ------------------------------------------------------------------------------------------------------------
+from tests.nas._simulated_machines import Machine, Memory
 
 
 def test_the_reference_stands_before_and_after_every_visit_and_the_order_is_random() -> None:
@@ -370,78 +273,6 @@ def test_long_sessions_read_their_clock_once_a_round() -> None:
     assert looks <= 32
 
 
-# -- comparison --------------------------------------------------------------------------------------------------------
-
-
-def duel(seed: int, first: float, second: float, noise: float = 0.015) -> tuple[str, int]:
-    machine = Machine(seed, noise, slowness=lambda at: 1 + 0.2 * math.sin(at))
-    rounds = machine.session(
-        {"a": first, "b": second},
-        Plan(20.0, 0.01, together=True, seed=seed),
-        done=lambda found: all_decided(found, 0.01, against=None),
-    )
-    return compare(rounds.tracks["a"], rounds.tracks["b"], "wall").verdict, rounds.number
-
-
-def test_a_model_against_itself_cannot_be_told_apart() -> None:
-    assert sum(duel(seed, 5.0, 5.0)[0] == "cannot tell" for seed in range(100)) >= 98
-
-
-def test_five_per_cent_are_found_and_never_the_wrong_way_round() -> None:
-    found = [duel(seed, 5.0, 5.25) for seed in range(100)]
-    assert sum(verdict == "faster" for verdict, _ in found) >= 98
-    assert not any(verdict == "slower" for verdict, _ in found)
-    assert statistics.median(number for _, number in found) <= 40
-
-
-def test_a_scattering_reference_does_not_blur_a_comparison() -> None:
-    verdicts = []
-    for seed in range(20):
-        machine = Machine(seed, noise=0.015)
-        models = {name: machine.model(name, ms) for name, ms in (("a", 5.0), ("b", 5.25))}
-        reference = machine.model("reference", 1.0)
-        jumps = random.Random(seed)
-
-        def scattering(run: Callable[[], Times] = reference, jumps: random.Random = jumps) -> Times:
-            wall = run().wall * jumps.choice([0.92, 1.08])
-            return Times(wall, wall, math.nan)
-
-        plan = Plan(2.0, 0.01, together=True, seed=seed)
-        rounds = Rounds(models, scattering, plan, lambda calls: "wall", now=machine.now)
-        rounds.warm_up()
-        rounds.run()
-        verdicts.append(compare_all(rounds)[0].verdict)
-    assert verdicts.count("faster") >= 19
-
-
-def test_rounds_of_a_comparison_are_mirrored_and_visit_the_reference_now_and_then() -> None:
-    machine = Machine()
-    rounds = machine.session({"a": 2.0, "b": 3.0, "c": 4.0}, Plan(2.0, 0.01, together=True))
-    order = [name for name, _ in itertools.groupby(machine.seen[machine.seen.index("c") + 1 :])]
-    visits = [name for name in order if name != "reference"]
-    by_round: dict[int, list[tuple[float, str]]] = {}
-    for track in rounds.tracks.values():
-        assert [visit.round for visit in track.visits] == list(range(rounds.number))
-        for visit in track.visits:
-            by_round.setdefault(visit.round, []).append((visit.before.wall, track.name))
-    assert len(by_round) >= 20
-    assert len(visits) / order.count("reference") >= 4
-    # Models between the same two visits of the reference are compared by their times alone.
-    first = compare(rounds.tracks["a"], rounds.tracks["b"], "wall")
-    assert first.ratio == pytest.approx(2 / 3)
-
-
-def test_undecided_pairs_go_on_until_they_are_surely_equal_or_known_well() -> None:
-    def judged(ratio: float, noise: float, seconds: float) -> bool:
-        rounds = Machine(3, noise).session({"a": 5.0 * ratio, "b": 5.0}, Plan(seconds, together=True))
-        return all_decided(rounds, 0.01, against=None)
-
-    assert judged(1.0, 0.002, 3.0)  # within the margin
-    assert judged(1.03, 0.005, 3.0)  # clear
-    assert judged(1.01, 0.0001, 3.0)  # on the margin, but known to a quarter of the precision
-    assert not judged(1.008, 0.02, 3.0)
-
-
 # -- where weights lie -------------------------------------------------------------------------------------------------
 
 
@@ -490,63 +321,6 @@ def test_moving_takes_a_share_of_the_time_and_stops_where_nothing_can_be_moved()
     assert len({visit.place for visit in visits}) == len(visits), "then every visit is on its own"
 
 
-class Memory(Machine):
-    """Where a model lies makes it slower or faster by about ``spread``, until it is moved."""
-
-    def __init__(self, seed: int, noise: float, spread: float):
-        super().__init__(seed, noise)
-        self._spread, self._here = spread, dict[str, float]()
-
-    def model(self, name: str, milliseconds: float, cold: Sequence[float] = ()) -> Callable[[], Times]:
-        run = super().model(name, milliseconds, cold)
-
-        def here() -> Times:
-            share = self._here.setdefault(name, math.exp(self._rng.gauss(0, self._spread)))
-            times = run()
-            self.at += (share - 1) * times.wall / 1000
-            return Times(times.wall * share, times.cpu * share, math.nan)
-
-        return here
-
-    def relocate(self) -> bool:
-        self.at += 0.02
-        self._here.clear()
-        return True
-
-
-def test_copies_in_other_places_are_not_called_faster() -> None:
-    wrong, found = 0, 0
-    for seed in range(25):
-        for ratio in (1.0, 1.05):
-            memory = Memory(seed, 0.01, 0.01)
-            rounds = memory.session(
-                {"a": 10.0 * ratio, "b": 10.0},
-                Plan(20.0, together=True, seed=seed),
-                relocate=memory.relocate,
-                done=lambda found: all_decided(found, 0.01, against=None),
-            )
-            [pair] = compare_all(rounds)
-            wrong += pair.verdict == "faster" or (ratio == 1.0 and pair.verdict != "cannot tell")
-            found += pair.verdict == "slower"
-    assert wrong == 0
-    assert found >= 24
-
-
-def test_a_busy_machine_leaves_enough_places_to_tell_a_factor_of_two() -> None:
-    """A few calm moments, all in the same few places, are not all that a verdict is made of."""
-    memory = Memory(0, 0.01, 0.005)
-    memory._slowness = lambda at: 1.0 if at % 2.0 < 0.5 else 1.5
-
-    def slowly() -> bool:
-        memory.at += 0.2
-        return memory.relocate()
-
-    rounds = memory.session({"a": 5.0, "b": 10.0}, Plan(10.0, together=True), relocate=slowly)
-    quiet = [v for v in rounds.tracks["a"].visits if v.noise("wall") <= rounds.ceiling(1.25)]
-    assert len(quiet) >= 9 > len({visit.place for visit in quiet})
-    assert compare_all(rounds)[0].verdict == "faster"
-
-
 @pytest.mark.parametrize(("noise", "spread"), [(0.03, 0.0), (0.01, 0.0075), (0.005, 0.01)])
 def test_intervals_hold_the_truth_as_often_as_they_say(noise: float, spread: float) -> None:
     held = 0
@@ -557,30 +331,3 @@ def test_intervals_hold_the_truth_as_often_as_they_say(noise: float, spread: flo
         assert rounds.tracks["a"].stopped == "precision"
         held += low <= 5.0 <= high
     assert held >= 52  # 55 of 60 and more on average; as few as 51 once in a hundred tests at 95 %
-
-
-def test_pairs_against_one_or_all() -> None:
-    rounds = Machine(noise=0.01).session(
-        {"a": 5.0, "b": 6.0, "c": 7.0},
-        Plan(30.0, 0.01, together=True),
-        done=lambda found: all_decided(found, 0.01, against=None),
-    )
-    assert [(p.first, p.second, p.verdict) for p in compare_all(rounds)] == [
-        ("a", "b", "faster"),
-        ("a", "c", "faster"),
-        ("b", "c", "faster"),
-    ]
-    assert [(p.first, p.verdict) for p in compare_all(rounds, against="b")] == [
-        ("a", "faster"),
-        ("c", "slower"),
-    ]
-    assert {track.stopped for track in rounds.tracks.values()} == {"decision"}
-
-
-def test_too_few_rounds_decide_nothing() -> None:
-    rounds = Machine().session({"a": 1.0, "b": 9.0}, Plan(1e-9, 0.01, together=True))
-    pair = compare(rounds.tracks["a"], rounds.tracks["b"], "wall")
-    assert (pair.verdict, pair.rounds) == ("cannot tell", 6)
-    nothing = compare(rounds.tracks["a"], Track("c", lambda: Times(1, 1, 1)), "wall")
-    assert (nothing.verdict, nothing.rounds) == ("cannot tell", 0)
-    assert math.isnan(nothing.ratio)
