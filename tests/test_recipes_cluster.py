@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -106,11 +107,13 @@ def test_the_kubernetes_manifest_is_whole() -> None:
 
 STUBS = {
     "scontrol": 'case $1 in show) printf "node-a\\nnode-b\\nnode-c\\n";; *) echo "scontrol $*" >> "$CALLS";; esac',
-    # A step holds until it is told to end, as "ray start --block" does.
-    "srun": 'echo "srun $*" >> "$CALLS"; trap "echo ended >> $CALLS; exit 0" TERM; while :; do sleep 0.05; done',
+    # A step holds until it is told to end, as "ray start --block" does; it notes its call when it can be told to.
+    "srun": 'trap "echo ended >> $CALLS; exit 0" TERM; echo "srun $*" >> "$CALLS"; while :; do sleep 0.05; done',
     "ray": 'echo "ray $*" >> "$CALLS"',
-    "python": 'echo "python ${*: -2}" >> "$CALLS"',
-    "nas": 'echo "nas $*" >> "$CALLS"; trap "echo parked >> $CALLS; exit 143" TERM; '
+    # It waits for all nodes, as the program in the recipe does.
+    "python": 'for _ in {1..1000}; do (( $(grep -c ^srun "$CALLS") < SLURM_JOB_NUM_NODES )) || break; sleep 0.05; '
+    'done; echo "python ${*: -2}" >> "$CALLS"; [[ -z ${LATE:-} ]] || kill -USR1 $PPID',
+    "nas": 'trap "echo parked >> $CALLS; exit 143" TERM; echo "nas $*" >> "$CALLS"; '
     "n=0; while (( n++ < ${NAS_TURNS:-1} )); do sleep 0.05; done; exit ${NAS_CODE:-0}",
 }
 
@@ -166,17 +169,31 @@ def test_slurm_ends_with_the_code_of_the_search(slurm: dict[str, str]) -> None:
 def test_slurm_parks_the_search_and_queues_again_when_time_is_over(slurm: dict[str, str]) -> None:
     job = subprocess.Popen(COMMAND, env=slurm | {"NAS_TURNS": "1000"}, stderr=subprocess.PIPE, text=True)
     calls = Path(slurm["CALLS"])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (calls.exists() and "nas search" in calls.read_text()):
         assert time.monotonic() < deadline, "the search did not start"
         time.sleep(0.05)
-    time.sleep(0.2)  # the stub has set its trap
+    # The script knows whom to park only when it has begun to wait for the search.
+    while psutil.Process(job.pid).status() != psutil.STATUS_SLEEPING:
+        assert time.monotonic() < deadline, "the script does not wait"
+        time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=60)
     assert "out of time; job 1234567 goes back into the queue" in errors
     assert "parked" in calls.read_text()
     assert "scontrol requeue 1234567" in calls.read_text()
     assert calls.read_text().count("ended") == 3
+
+
+def test_slurm_queues_again_when_time_is_over_before_the_search_begins(slurm: dict[str, str]) -> None:
+    late = slurm | {"LATE": "1"}
+    done = subprocess.run(COMMAND, env=late, capture_output=True, text=True, timeout=60, check=False)
+    assert "out of time; job 1234567 goes back into the queue" in done.stderr
+    assert done.returncode == 0
+    calls = Path(slurm["CALLS"]).read_text()
+    assert "nas search" not in calls
+    assert "scontrol requeue 1234567" in calls
+    assert calls.count("ended") == 3
 
 
 def test_slurm_refuses_a_single_node(slurm: dict[str, str]) -> None:

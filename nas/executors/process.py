@@ -306,11 +306,19 @@ def memory_used(pid: int, limit: int) -> int:
     if not sys.platform.startswith("linux"):
         return _resident_sum(pid)
     family = _family(pid)
-    used = sum(_fields(f"/proc/{member}/status", ("RssAnon:", "RssShmem:")) for member in family)
+    used = sum(map(_resident, family))
     if used > limit and len(family) > 1:
-        shares = [_fields(f"/proc/{member}/smaps_rollup", ("Pss_Anon:", "Pss_Shmem:")) for member in family]
-        used = min(used, sum(shares)) if all(shares) else used
+        shares = {
+            member: _fields(f"/proc/{member}/smaps_rollup", ("Pss_Anon:", "Pss_Shmem:")) for member in family
+        }
+        # One that has no share and no memory either has ended meanwhile; others have a share that cannot be read.
+        if all(share or not _resident(member) for member, share in shares.items()):
+            used = min(used, sum(shares.values()))
     return used
+
+
+def _resident(pid: int) -> int:
+    return _fields(f"/proc/{pid}/status", ("RssAnon:", "RssShmem:"))
 
 
 def _family(pid: int) -> list[int]:

@@ -28,6 +28,7 @@ export RAY_USAGE_STATS_ENABLED=0
 steps=()
 search=""
 out_of_time=0
+parked=0
 
 leave() {
     # Ray ends with the steps that hold it.
@@ -35,8 +36,12 @@ leave() {
     wait
 }
 trap leave EXIT
+park() {
+    # Once: the second signal would end the search at once.
+    [[ -z $search ]] || (( parked++ )) || kill -TERM "$search"
+}
 # Parks the running candidates; what was finished is recorded already.
-trap 'out_of_time=1; [[ -z $search ]] || kill -TERM "$search"' USR1
+trap 'out_of_time=1; park' USR1
 
 start() {
     local node=$1
@@ -71,10 +76,14 @@ else:
 ' "$address" "${#nodes[@]}"
 
 code=0
-nas search --target ray:target/cpu:1 "$@" --ray "$address" &
-search=$!
+if (( ! out_of_time )); then
+    nas search --target ray:target/cpu:1 "$@" --ray "$address" &
+    search=$!
+    # The signal may have come before the trap knew whom to park.
+    (( ! out_of_time )) || park
+fi
 # A signal ends 'wait' early.
-while kill -0 "$search" 2>/dev/null; do
+while [[ -n $search ]] && kill -0 "$search" 2>/dev/null; do
     wait "$search" && code=0 || code=$?
 done
 if (( out_of_time )); then

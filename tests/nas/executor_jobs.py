@@ -239,8 +239,8 @@ def current_directory(payload: Json, channel: Channel) -> Json:
 
 
 def sleep(payload: Json, channel: Channel) -> Json:
-    channel.event({"pid": os.getpid()})
     print("sleeping")
+    channel.event({"pid": os.getpid()})
     time.sleep(payload.get("seconds", FOREVER))
     return {"pid": os.getpid()}
 
@@ -321,33 +321,38 @@ def wait_for_child(payload: Json, channel: Channel) -> Json:
 
 
 def allocate(payload: Json, channel: Channel) -> Json:
-    """Fills memory block by block; ``gently``: slowly enough for a watchdog on a loaded machine."""
+    """Fills memory block by block; ``gently``: slowly, and not all there is, for a watchdog on a loaded machine."""
     _count_attempt(payload["file"])
     held = []
     while True:
-        held.append(bytearray(b"x") * (16 << 20))
+        if len(held) < 64 or not payload.get("gently"):
+            held.append(bytearray(b"x") * (16 << 20))
         if payload.get("gently"):
             time.sleep(0.02)
 
 
 def allocate_in_child(payload: Json, channel: Channel) -> Json:
-    script = "import time\nheld = []\nwhile True:\n    held.append(bytearray(b'x') * (16 << 20))\n    time.sleep(0.02)"
+    script = (
+        "import time\nheld = []\nfor _ in range(64):\n    held.append(bytearray(b'x') * (16 << 20))\n"
+        f"    time.sleep(0.02)\ntime.sleep({FOREVER})"
+    )
     return {"code": subprocess.run([sys.executable, "-c", script]).returncode}
 
 
 def share_with_forks(payload: Json, channel: Channel) -> Json:
-    """Holds ``megabytes`` that ``forks`` children share with it, until told that they were looked at."""
+    """Holds ``megabytes`` that ``forks`` children share with it, until told that they were looked at.
+
+    The last child has ended, but nobody has asked for its code yet.
+    """
     held = bytearray(b"x") * (payload["megabytes"] << 20)
-    children = []
-    for _ in range(payload["forks"]):
+    for number in range(payload["forks"] + 1):
         child = os.fork()
         if child == 0:
-            time.sleep(FOREVER)
-        children.append(child)
+            if number < payload["forks"]:
+                time.sleep(FOREVER)
+            os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     channel.ask({"pid": os.getpid()})
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
     return {"held": len(held)}
 
 

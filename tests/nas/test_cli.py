@@ -99,6 +99,7 @@ def test_gpu_where_there_is_none(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.timeout(600)  # six commands, each of which imports everything anew
 def test_a_run_from_start_to_export(tmp_path: Path) -> None:
     result = nas("search", *SPACE, *EVALUATOR, "--trials", "8", "--out", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

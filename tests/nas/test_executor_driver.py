@@ -98,9 +98,15 @@ class TestScarcity:
             """
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
             slot._START_PAUSES = (0.01,)
+            submitted = threading.Event()
+            # The second try, after which no job is taken any more, comes when all jobs are there.
+            slot.time = types.SimpleNamespace(
+                sleep=lambda seconds: submitted.wait(), monotonic=time.monotonic
+            )
             executor = LocalExecutor(4)
             held = hold_all_handles()
             futures = [executor.submit(JOBS + "echo", {}) for _ in range(3)]
+            submitted.set()
             errors = [future.exception() for future in futures]
             held.clear()
             kinds = [type(error).__name__ for error in errors]
@@ -121,13 +127,17 @@ class TestScarcity:
             """
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
             slot._START_PAUSES = (0.01,)
+            said = []
+            handler = logging.Handler()
+            handler.emit = lambda record: said.append(record.getMessage())
+            logging.getLogger("nas").addHandler(handler)
             executor = LocalExecutor(3)
             executor.submit(JOBS + "identify", {}).result()
             held = hold_all_handles()
             futures = [executor.submit(JOBS + "sleep", {"seconds": 0.2}) for _ in range(6)]
             pids = {future.result().value["pid"] for future in futures}
-            # The other two give up only after some tries, which the first one may outrun.
-            while executor.capacity > 1:
+            # The other two give up only after some tries, which the first one may outrun, and say so after that.
+            while not any("going on with 1" in text for text in said):
                 time.sleep(0.01)
             held.clear()
             tell(pids=len(pids), capacity=executor.capacity)
@@ -176,7 +186,7 @@ class TestScarcity:
 # -- the driver's end --------------------------------------------------------------------------------------------------
 
 PREAMBLE = """
-import json, logging, os, resource, signal, sys, time
+import json, logging, os, resource, signal, sys, threading, time, types
 sys.path.insert(0, {repository!r})
 from nas.errors import RunStopped, UserMistake
 from nas.executors import LocalExecutor, slot

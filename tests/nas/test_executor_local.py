@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from nas.executors import Executor, LocalExecutor
+from nas.executors import Executor, LocalExecutor, Outcome
 from nas.executors import slot as slot_module
 from nas.executors.process import memory_used, out_of_memory_kills
 from tests.conformance.executor import JOBS, ExecutorConformance, failure_of, value_of
@@ -143,25 +145,43 @@ class TestKilled:
 
         def kill_at_random() -> None:
             nonlocal kills
-            while not ended.wait(rng.uniform(0.01, 0.3)):
+            # Not without end: where a worker takes longer to start than it is left alive no job would ever be done.
+            while kills < 10 and not ended.wait(rng.uniform(0.01, 0.3)):
                 for child in rng.sample(children := me.children(), min(1, len(children))):
-                    kills += 1
-                    child.kill()
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                        kills += 1
 
         killer = threading.Thread(target=kill_at_random)
         killer.start()
+        futures: list[Future[Outcome]] = []
         try:
-            futures = [executor.submit(JOBS + "sleep", {"seconds": 0.02}) for _ in range(15)]
-            done = wait(futures, PATIENCE).done
+            while killer.is_alive():  # there is work as long as there are kills
+                futures += [executor.submit(JOBS + "sleep", {"seconds": 0.02}) for _ in range(15)]
+                assert not wait(futures, PATIENCE).not_done
         finally:
             ended.set()
             killer.join()
-        assert len(done) == 15
         assert all(value_of(future.result())["pid"] for future in futures)
-        assert kills > 0
+        assert kills == 10
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The clock by which an executor limits its jobs, put forward as a test wants it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self._ahead = 0.0
+        monkeypatch.setattr(slot_module, "time", self)
+        self.sleep = time.sleep
+
+    def advance(self, seconds: float) -> None:
+        self._ahead += seconds
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._ahead
 
 
 class TestTimeLimit:
@@ -177,10 +197,14 @@ class TestTimeLimit:
         assert outcome.seconds >= 0.4
         assert value_of(run(executor, "double", {"x": 1})) == {"x": 2}
 
-    def test_what_it_printed_is_shown(self, make: Callable[..., LocalExecutor]) -> None:
-        executor = make(1)
-        run(executor, "identify")
-        assert failure_of(run(executor, "sleep", time_limit=0.3)).log_tail == "sleeping"
+    def test_what_it_printed_is_shown(
+        self, make: Callable[..., LocalExecutor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = Clock(monkeypatch)
+        # The limit is reached when the job has printed, and not before on a busy machine.
+        outcome = run(make(1), "sleep", time_limit=1e3, on_event=lambda event: clock.advance(1e4))
+        assert failure_of(outcome).kind == "timeout"
+        assert failure_of(outcome).log_tail == "sleeping"
 
     def test_a_worker_stopped_while_idle_does_not_hold_its_job_for_ever(
         self, make: Callable[..., LocalExecutor]
@@ -194,16 +218,25 @@ class TestTimeLimit:
         wait_until(lambda: not alive(pid))
 
     def test_the_start_of_a_worker_does_not_count(
-        self, make: Callable[..., LocalExecutor], tmp_path: Path
+        self, make: Callable[..., LocalExecutor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "slow_setup_for_test.py").write_text("import time\ntime.sleep(1.0)\n")
+        (tmp_path / "slow_setup_for_test.py").write_text(
+            "import pathlib, time\n"
+            "here = pathlib.Path(__file__).parent\n"
+            "(here / 'begun').touch()\n"
+            "while not (here / 'go').exists():\n    time.sleep(0.01)\n"
+        )
         sys.path.append(str(tmp_path))
         try:
             executor = make(1, setup="slow_setup_for_test")
         finally:
             sys.path.remove(str(tmp_path))
-        executor.warm()
-        assert value_of(run(executor, "sleep", {"seconds": 0.0}, time_limit=0.9))
+        clock = Clock(monkeypatch)
+        future = executor.submit(JOBS + "sleep", {"seconds": 0.0}, time_limit=90)
+        wait_until((tmp_path / "begun").exists)
+        clock.advance(100)  # more than the job may take, less than a start may
+        (tmp_path / "go").touch()
+        assert value_of(future.result(PATIENCE))
 
 
 # -- descendants -------------------------------------------------------------------------------------------------------

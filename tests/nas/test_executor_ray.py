@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,11 +102,11 @@ class TestRayExecutor:
     @pytest.mark.parametrize("job", ["sleep", "sleep_deaf", "spin"])
     def test_a_job_that_does_not_end_is_ended(self, make: Make, job: str) -> None:
         executor = make()
-        pids: list[int] = []
-        outcome = run(executor, job, time_limit=0.5, on_event=lambda event: pids.append(event["pid"]))
+        pid = value_of(run(executor, "identify"))["pid"]
+        outcome = run(executor, job, time_limit=0.5)
         assert failure_of(outcome).kind == "timeout"
         assert outcome.attempts == 1
-        wait_until(lambda: not psutil.pid_exists(pids[0]))
+        wait_until(lambda: not psutil.pid_exists(pid))
         assert value_of(run(executor, "double", {"x": 1})) == {"x": 2}
 
     def test_too_much_memory_is_that_jobs_failure(self, make: Make, tmp_path: Path) -> None:
@@ -126,14 +125,15 @@ class TestRayExecutor:
         self, make: Make, tmp_path: Path
     ) -> None:
         executor = make(1)
-        begun = threading.Event()
+        pids: list[int] = []
         file = tmp_path / "go"
         future = executor.submit(
-            JOBS + "wait_for_file", {"file": str(file)}, on_event=lambda event: begun.set()
+            JOBS + "wait_for_file", {"file": str(file)}, on_event=lambda event: pids.append(event["pid"])
         )
-        assert begun.wait(PATIENCE)
+        wait_until(lambda: pids)
         actor = executor._slots[0].actor
         executor.kill(actor)
+        wait_until(lambda: not psutil.pid_exists(pids[0]))  # or it would see the file in its last moments
         file.touch()
         outcome = future.result(PATIENCE)
         assert value_of(outcome)["pid"] > 0
@@ -241,6 +241,8 @@ class TestWithoutASharedDisk:
             epochs.append(event["epoch"])
             if event["epoch"] == 4 and epochs.count(4) == 1:
                 executor.kill(executor._slots[0].actor)
+                # Its process goes on until the cluster has passed the kill on, and must not come to the end.
+                wait_until(lambda: not psutil.pid_exists(event["pid"]))
 
         outcome = executor.submit(RAY_JOBS + "train", payload, on_event=on_event).result(PATIENCE)
         assert value_of(outcome) == {"epochs": 6}

@@ -98,7 +98,13 @@ def test_a_measurer_gets_in_among_spinning_sharers_and_nobody_overlaps_it(
         wait_for(tmp_path / f"sharing-{number}")
     start(MEASURER)
     wait_for(tmp_path / "measured")
-    time.sleep(0.15)
+    # One that had to wait is back when it has logged more; told to stop before, it might never come back.
+    logs = [tmp_path / f"{sharer.pid}.log" for sharer in sharers]
+    sizes = [log.stat().st_size for log in logs]
+    deadline = time.monotonic() + 30.0
+    while any(log.stat().st_size == size for log, size in zip(logs, sizes, strict=True)):
+        assert time.monotonic() < deadline, "a sharer did not go on"
+        time.sleep(0.005)
     (tmp_path / "stop").touch()
     assert [sharer.wait(30) for sharer in sharers] == [0, 0]
     found = spans(tmp_path)

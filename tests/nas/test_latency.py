@@ -33,6 +33,7 @@ from nas.latency.identity import Identity, comparable
 from nas.latency.runner import Times as _Times
 from nas.latency.self_test import SelfTest, agreement, self_test
 from nas.latency.statistics import median_interval
+from nas.latency.visits import _MOST_CALLS
 from tests.nas import _runtime_models
 from tests.nas._runtime_models import ONE
 
@@ -134,7 +135,8 @@ def test_a_result_is_consistent_and_round_trips() -> None:
     assert 0 < result.quiet_rounds <= result.rounds
     assert result.warmup_runs >= 1
     assert result.first_call_ms > 0
-    assert result.p99_ms is None
+    # Where the machine makes it look longer there may be a tail.
+    assert result.p99_ms is None or result.rounds * _MOST_CALLS >= 1000
     assert result.cpu_ms is not None
     assert result.wall_cpu_ratio == pytest.approx(result.wall_ms / result.cpu_ms)
     assert (result.target, result.threads) == ("cpu:1", 1)
@@ -304,13 +306,14 @@ def test_models_measured_together_are_ranked_and_compared() -> None:
     x = (torch.randn(1, 64),)
     models = {"large": (deep(60), x), "small": (deep(5), x), "copy": (deep(5), x)}
     told: list[dict[str, Any]] = []
-    found = measure_together(models, ONE, plan=Plan(5.0, 0.05), pairs=True, progress=told.append)
+    # It ends with the verdicts, whatever the time until then: at such a precision with nothing else.
+    found = measure_together(models, ONE, plan=Plan(45.0, 1e-9), against="large", progress=told.append)
     assert list(found.results) == ["large", "small", "copy"]
     assert found.results["small"].ratio < found.results["large"].ratio
-    assert found.pair("small", "large").verdict == "faster"
+    assert {result.stopped for result in found.results.values()} == {"decision"}
+    assert found.pair("small", "large").verdict == found.pair("copy", "large").verdict == "faster"
     assert found.pair("large", "small").verdict == "slower"
     assert found.pair("large", "small").ratio == pytest.approx(1 / found.pair("small", "large").ratio)
-    assert len(found.pairs) == 3
     assert found.drift
     assert {event["visit"] for event in told if "visit" in event} == {"large", "small", "copy", "reference"}
     assert Session.from_dict(json.loads(json.dumps(found.to_dict()))).to_dict() == json.loads(
@@ -318,6 +321,7 @@ def test_models_measured_together_are_ranked_and_compared() -> None:
     )
     with pytest.raises(KeyError):
         found.pair("small", "unknown")
+    assert len(measure_together(models, ONE, plan=Plan(0.05), pairs=True).pairs) == 3
     against = measure_together(models, ONE, plan=Plan(0.05), against="small")
     assert {(pair.first, pair.second) for pair in against.pairs} == {("large", "small"), ("copy", "small")}
 

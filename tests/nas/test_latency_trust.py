@@ -31,6 +31,12 @@ def machine_is(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[], list[str]]
     monkeypatch.setattr(measuring, "unsettled", lambda share: [])
     monkeypatch.setattr(measuring, "unsteady", lambda **session: [])
     monkeypatch.setattr(measuring, "displaced", lambda *a, **k: [])
+    wall_clock(monkeypatch)
+
+
+def wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other work on its core a session may be read by CPU time, which has a scale of its own."""
+    monkeypatch.setattr(sys.modules["nas.latency.measure"], "clock_of", lambda target, calls: "wall")
 
 
 def test_one_scale_serves_all_measurements_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +63,7 @@ def test_a_disturbed_session_is_nobodys_scale(tmp_path: Path, monkeypatch: pytes
 def test_a_session_on_another_level_than_the_scale_is_untrusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wall_clock(monkeypatch)
     options = Options(scale=tmp_path / "reference.json", retries=0)
     model, x = deep(3), (torch.randn(1, 64),)
     with monkeypatch.context() as patched:

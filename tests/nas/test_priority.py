@@ -352,7 +352,8 @@ class TestPause:
         # By running and resting from one rest to the next; no stretch is longer than a call and RUN_SECONDS.
         for ran, rested in clock.stretches():
             assert rested == 0 or ran / (ran + rested) <= 0.9
-            assert rested > 0 or ran < priority.RUN_SECONDS
+            # Added up another way than on the clock, 0.1 s may be the last bit more than 0.1 s.
+            assert rested > 0 or ran < priority.RUN_SECONDS + 1e-9
 
     def test_short_runs_do_not_rest(self, clock: FakeClock) -> None:
         granted = Granted("realtime", (0,), "", clock=clock.now, sleep=clock.sleep)

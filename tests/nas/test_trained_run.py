@@ -13,6 +13,8 @@ from nas.export import export_trial
 from nas.files import CorruptFile, read_record, sha256_file
 from nas.tasks import make_task
 
+pytestmark = pytest.mark.timeout(600)  # a measurement of somebody else's may hold the device for a while
+
 SETTINGS = {
     "trials": 3,
     "epochs": 2,

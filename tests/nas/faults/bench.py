@@ -64,6 +64,8 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.out = self.folder / "run"
         self.marks = self.folder / "marks"
+        # Beside the folder, which may be made read-only.
+        self.go = self.folder.with_name(f"{self.folder.name}-go")
         self.marker = uuid.uuid4().hex
         self.log = self.folder / "output"
 
@@ -88,6 +90,7 @@ class Bench:
             MARKER: self.marker,
             "TOY_MARKS": str(self.marks),
             "TOY_SECONDS": str(self.seconds),
+            "NAS_FAULTS_GO": str(self.go),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             **self.extra_environment,
@@ -158,7 +161,7 @@ class Bench:
     # -- what must hold --------------------------------------------------------------------------------------------
 
     def check_no_orphans(self) -> None:
-        wait_until(lambda: not self.orphans(), 10, "the last process to end")
+        wait_until(lambda: not self.orphans(), 60, "the last process to end")
 
     def check_no_leftovers(self) -> None:
         names = [

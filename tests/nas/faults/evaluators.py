@@ -61,7 +61,10 @@ def first_hangs(architecture: dict[str, Any], directory: str) -> dict[str, float
 def first_allocates(architecture: dict[str, Any], directory: str) -> dict[str, float]:
     held = []
     while Path(directory).name == "0":
-        held.append(bytearray(32 * 2**20))
+        if len(held) < 32:  # a driver that comes late to look must not find the memory of the machine used up
+            held.append(bytearray(32 * 2**20))
+        else:
+            time.sleep(0.01)
     return toy.evaluate(architecture, directory)
 
 
@@ -75,6 +78,17 @@ def never_ends(architecture: dict[str, Any], directory: str) -> dict[str, float]
     values = toy.evaluate(architecture, directory)
     while int(Path(directory).name) >= 2:
         time.sleep(1)
+    return values
+
+
+def held(architecture: dict[str, Any], directory: str) -> dict[str, float]:
+    """From the third candidate on, until the file ``NAS_FAULTS_GO`` is there: so long the run cannot be over."""
+    values = toy.evaluate(architecture, directory)
+    given_up = time.monotonic() + 300  # a test that failed makes no such file
+    while int(Path(directory).name) >= 2 and time.monotonic() < given_up:
+        if os.path.exists(os.environ["NAS_FAULTS_GO"]):
+            break
+        time.sleep(0.01)
     return values
 
 

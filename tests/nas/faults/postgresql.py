@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import secrets
 import shutil
 import socket
 import subprocess
@@ -31,6 +33,15 @@ def _other_user() -> str | None:
     return next((name for name in ("postgres", "nobody") if name in names), "")
 
 
+def _free_port() -> int:
+    """None of those that the system gives to whoever asks for any, so that it stays free while no server runs."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """Its data, and how to start and stop it."""
 
@@ -40,9 +51,7 @@ class Server:
         self._place = Path(tempfile.mkdtemp(prefix="nas-pg-"))  # a socket's path must be short
         if user is not None:
             shutil.chown(self._place, user)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = _free_port()
         self._call(
             "initdb", "-D", "data", "-A", "trust", "-U", "nas", "--no-sync", "-E", "UTF8", "--locale=C"
         )

@@ -13,6 +13,7 @@ from tests.nas.faults.bench import Bench, Zygote, wait_until
 pytestmark = pytest.mark.alone
 
 Expected = dict[str, dict[str, float]]
+HELD = "tests.nas.faults.evaluators:held"
 
 
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
@@ -41,11 +42,11 @@ def test_too_few_file_handles_are_a_clear_refusal(tmp_path: Path, limit: int) ->
 
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_directory_deleted_during_the_run(drivers: Zygote, tmp_path: Path, storage: str) -> None:
-    bench = Bench(tmp_path, storage, seconds=0.3)
+    bench = Bench(tmp_path, storage, evaluator=HELD)
     process = drivers.start(bench)
-    wait_until(lambda: sum(bench.evaluations().values()) >= 2, 60, "the second evaluation")
-    shutil.rmtree(bench.out, ignore_errors=True)
-    shutil.rmtree(bench.out, ignore_errors=True)
+    wait_until(lambda: sum(bench.evaluations().values()) >= 3, 60, "the third evaluation")
+    shutil.rmtree(bench.out)
+    bench.go.touch()
     code, text = process.finish()
     assert code == 1, text
     last = text.strip().splitlines()[-1]
@@ -61,18 +62,18 @@ def test_directory_deleted_during_the_run(drivers: Zygote, tmp_path: Path, stora
 def test_storage_deleted_during_the_run(
     drivers: Zygote, expected: Expected, tmp_path: Path, storage: str
 ) -> None:
-    bench = Bench(tmp_path, storage, seconds=0.3)
+    bench = Bench(tmp_path, storage, evaluator=HELD)
     process = drivers.start(bench)
-    wait_until(lambda: sum(bench.evaluations().values()) >= 2, 60, "the second evaluation")
+    wait_until(lambda: sum(bench.evaluations().values()) >= 3, 60, "the third evaluation")
     for suffix in ("", "-wal", "-shm"):
         Path(f"{bench.study_file}{suffix}").unlink(missing_ok=True)
+    bench.go.touch()
     code, text = process.finish()
     assert code == 1, text
     assert "cannot be written: " in text.strip().splitlines()[-1]
     assert not bench.study_file.exists(), "it was made again"
     bench.check_no_orphans()
     before, recorded = bench.evaluations(), bench.recorded()
-    bench.seconds = 0
     assert drivers.run(bench) == 0, bench.log.read_text()
     bench.check_finished(expected)
     bench.check_evaluations(before, recorded, kills=1)
@@ -88,10 +89,11 @@ def change_modes(bench: Bench, folders: int, files: int) -> None:
 def test_directory_made_read_only_during_the_run(
     drivers: Zygote, expected: Expected, tmp_path: Path, storage: str
 ) -> None:
-    bench = Bench(tmp_path, storage, seconds=0.4)
+    bench = Bench(tmp_path, storage, evaluator=HELD)
     process = drivers.start(bench, obey=True)
-    wait_until(lambda: sum(bench.evaluations().values()) >= 2, 60, "the second evaluation")
+    wait_until(lambda: sum(bench.evaluations().values()) >= 3, 60, "the third evaluation")
     change_modes(bench, 0o555, 0o444)
+    bench.go.touch()
     try:
         code, text = process.finish()
     finally:
@@ -101,7 +103,6 @@ def test_directory_made_read_only_during_the_run(
     assert "Traceback" not in text
     bench.check_no_orphans()
     before, recorded = bench.evaluations(), bench.recorded()
-    bench.seconds = 0
     assert drivers.run(bench) == 0, bench.log.read_text()
     bench.check_finished(expected)
     bench.check_evaluations(before, recorded, kills=1)

@@ -35,6 +35,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return made.create(f"study_{abs(hash(str(tmp_path)))}")
 
 
+HELD = "tests.nas.faults.evaluators:held"
+
+
 class Joined(Bench):
     """One of several drivers on the study "shared"; each has a folder, the marks of all are in one file."""
 
@@ -42,10 +45,16 @@ class Joined(Bench):
         super().__init__(folder, trials=trials, seconds=seconds, **options)
         self.url = url
         self.marks = folder.parent / "marks"
+        self.go = folder.parent / "go"
         self.extra = ["--storage", url, "--join", "shared", "--lease", f"{lease:g}"]
 
     def resume(self, *words: str) -> tuple[int, str]:
         return self.run(["resume", str(self.out), *words])
+
+
+def await_both(drivers: list[Joined]) -> None:
+    """Wait until each of two drivers is held at a candidate; one that starts late has missed nothing then."""
+    wait_until(lambda: sum(drivers[0].evaluations().values()) >= 4, 90, "both to be at work")
 
 
 def end(process: Popen[str], seconds: float = 90) -> str:
@@ -77,8 +86,11 @@ def places(drivers: list[Joined]) -> list[int]:
 
 
 def test_two_drivers_started_together(url: str, tmp_path: Path) -> None:
-    drivers = [Joined(tmp_path / name, url, trials=24, seconds=0.2) for name in ("a", "b")]
-    for process in [driver.start() for driver in drivers]:
+    drivers = [Joined(tmp_path / name, url, trials=24, seconds=0.2, evaluator=HELD) for name in ("a", "b")]
+    processes = [driver.start() for driver in drivers]
+    await_both(drivers)
+    drivers[0].go.touch()
+    for process in processes:
         text = end(process)
         assert "24 complete" in text, text
     check_whole(drivers, 24)
@@ -112,11 +124,14 @@ def test_a_database_that_isolates_more(server: Server, tmp_path: Path) -> None:
 
 
 def test_a_killed_driver_loses_its_trials_to_the_other(url: str, tmp_path: Path) -> None:
-    first, second = drivers = [Joined(tmp_path / name, url, trials=16, seconds=0.5) for name in ("a", "b")]
+    first, second = drivers = [
+        Joined(tmp_path / name, url, trials=16, seconds=0.1, evaluator=HELD) for name in ("a", "b")
+    ]
     killed, other = first.start(), second.start()
-    wait_until(lambda: len(first.recorded()) >= 2 and len(second.recorded()) >= 2, 60, "results of both")
+    await_both(drivers)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
+    first.go.touch()
     text = end(other)
     assert "16 complete" in text, text
     check_whole(drivers, 16, kills=1)
@@ -156,13 +171,15 @@ def test_a_paused_driver_that_comes_back_is_refused_its_late_result(url: str, tm
 
 def test_a_stopped_driver_leaves_its_trials_to_the_other(url: str, tmp_path: Path) -> None:
     first, second = drivers = [
-        Joined(tmp_path / name, url, trials=10, seconds=0.5, lease=3600) for name in ("a", "b")
+        Joined(tmp_path / name, url, trials=10, seconds=0.1, lease=3600, evaluator=HELD)
+        for name in ("a", "b")
     ]
     stopped, other = first.start(), second.start()
-    wait_until(lambda: len(first.recorded()) >= 2 and len(second.recorded()) >= 2, 60, "results of both")
+    await_both(drivers)
     stopped.send_signal(signal.SIGINT)
     text, _ = stopped.communicate(timeout=30)
     assert stopped.returncode == 130, text
+    second.go.touch()
     end(other)
     check_whole(drivers, 10, kills=1)
 
@@ -201,11 +218,12 @@ def test_a_lost_run_directory_is_made_again_from_the_study(url: str, tmp_path: P
 
 def test_the_server_restarts_in_the_middle(server: Server, tmp_path: Path) -> None:
     url = server.create("restarted")
-    drivers = [Joined(tmp_path / name, url, trials=16, seconds=0.4) for name in ("a", "b")]
+    drivers = [Joined(tmp_path / name, url, trials=16, seconds=0.4, evaluator=HELD) for name in ("a", "b")]
     processes = [driver.start() for driver in drivers]
-    wait_until(lambda: sum(places(drivers)) >= 4, 60, "four results")
+    await_both(drivers)
     server.stop(at_once=True)
     wait_until(lambda: "cannot be reached" in log_of(drivers[0]), 30, "the first to notice")
+    drivers[0].go.touch()
     server.start()
     for process in processes:
         end(process)
@@ -218,11 +236,12 @@ def log_of(driver: Joined) -> str:
 
 def test_a_server_that_stays_away_stops_a_lonely_driver_cleanly(server: Server, tmp_path: Path) -> None:
     url = server.create("away")
-    bench = Bench(tmp_path / "a", trials=8, seconds=0.4)
+    bench = Bench(tmp_path / "a", trials=8, seconds=0.4, evaluator=HELD)
     bench.extra = ["--storage", url]
     process = bench.start()
-    wait_until(lambda: len(bench.recorded()) >= 2, 60, "two results")
+    wait_until(lambda: sum(bench.evaluations().values()) >= 3, 60, "the third evaluation")
     server.stop(at_once=True)
+    bench.go.touch()
     text, _ = process.communicate(timeout=60)
     server.start()
     assert process.returncode == 1, text

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from nas.reader import read_run
 from tests.conformance.executor import failure_of, value_of
 from tests.nas.data_jobs import DATA_JOBS
 from tests.nas.faults.bench import Bench, wait_until
-from tests.nas.ray_jobs import RAY_JOBS, SlowHost
+from tests.nas.ray_jobs import RAY_JOBS, EvenHost, SlowHost
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 60.0
@@ -93,7 +94,8 @@ def test_work_of_a_lost_node_is_done_elsewhere(new_cluster: NewCluster, make: An
     assert executor.workers == 3
     wait_until(lambda: executor.capacity == 3, PATIENCE, "three places")
     places: dict[int, list[str]] = {number: [] for number in range(12)}
-    begun: list[int] = []
+    lost = cluster.workers[1].node_id
+    held, removed = threading.Event(), threading.Event()
 
     def submit(number: int) -> Any:
         directory = tmp_path / str(number)
@@ -102,16 +104,20 @@ def test_work_of_a_lost_node_is_done_elsewhere(new_cluster: NewCluster, make: An
         def on_event(event: dict[str, Any]) -> None:
             if event["stage"] == "placed":
                 places[number].append(event["node_id"])
-            begun.append(number)
+            elif places[number][-1] == lost and event["epoch"] >= 3:
+                held.set()
+                removed.wait(PATIENCE)  # so that the node is lost in the midst of a trial
 
         executor.announce = True
         payload = {"directory": str(directory), "epochs": 8}
         return executor.submit(RAY_JOBS + "train", payload, on_event=on_event, tag=f"trial {number}")
 
     futures = [submit(number) for number in range(12)]
-    wait_until(lambda: len(begun) > 12, PATIENCE, "the first epochs")
-    lost = cluster.workers[1].node_id
-    cluster.remove_node(cluster.workers[1], allow_graceful=False)
+    assert held.wait(PATIENCE)
+    try:
+        cluster.remove_node(cluster.workers[1], allow_graceful=False)
+    finally:
+        removed.set()
     outcomes = [future.result(PATIENCE) for future in futures]
     assert [value_of(outcome) for outcome in outcomes] == [{"epochs": 8}] * 12
     moved = [number for number in places if len(places[number]) > 1]
@@ -123,6 +129,11 @@ def test_work_of_a_lost_node_is_done_elsewhere(new_cluster: NewCluster, make: An
     assert executor.capacity == 2
     cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     wait_until(lambda: executor.capacity == 3, PATIENCE, "the new node's place")
+
+
+def has_stopped(pid: int) -> bool:
+    threads = [psutil.Process(thread.id) for thread in psutil.Process(pid).threads()]
+    return all(thread.status() == psutil.STATUS_STOPPED for thread in threads)
 
 
 def test_a_hanging_node_is_given_up(
@@ -141,6 +152,7 @@ def test_a_hanging_node_is_given_up(
         pids.append(event["actor"])
         if len(pids) == 1:
             os.kill(event["actor"], signal.SIGSTOP)
+            wait_until(lambda: has_stopped(event["actor"]), PATIENCE, "the stop of the actor")
 
     outcome = executor.submit(RAY_JOBS + "name_actor", {}, on_event=stop).result(PATIENCE)
     assert value_of(outcome) == {}
@@ -166,7 +178,12 @@ def test_a_straggler_holds_nobody_up(
     assert sum(outcome.attempts == 1 for outcome in outcomes) >= 10
 
 
-def test_what_is_too_slow_everywhere_fails_at_once(new_cluster: NewCluster, make: Any) -> None:
+def test_what_is_too_slow_everywhere_fails_at_once(
+    new_cluster: NewCluster, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nas.executors import ray as executor_module
+
+    monkeypatch.setattr(executor_module, "Host", EvenHost)
     executor = make(new_cluster(2))
     wait_until(lambda: executor.capacity == 2, PATIENCE, "two places")
     outcome = executor.submit(RAY_JOBS + "name_node", {"seconds": 100.0}, time_limit=1.0).result(PATIENCE)

@@ -43,20 +43,20 @@ def test_one_signal_parks_what_runs(
 
 
 def test_resumed_after_a_signal(drivers: Zygote, expected: Expected, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, seconds=0.3)
+    bench = Bench(tmp_path, evaluator=f"{EVALUATORS}:held")
     process = started(drivers, bench, 3)
     process.send_signal(signal.SIGINT)
     code, text = process.finish(30)
     assert code == 130, text
     before, recorded = bench.evaluations(), bench.recorded()
-    bench.seconds = 0
+    bench.go.touch()
     assert drivers.run(bench) == 0, bench.log.read_text()
     bench.check_finished(expected)
     bench.check_evaluations(before, recorded, kills=1)
 
 
 def test_second_signal_ends_at_once(drivers: Zygote, expected: Expected, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, seconds=0.5)
+    bench = Bench(tmp_path, evaluator=f"{EVALUATORS}:held")
     process = started(drivers, bench, 3)
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
@@ -68,7 +68,7 @@ def test_second_signal_ends_at_once(drivers: Zygote, expected: Expected, tmp_pat
     assert "Traceback" not in text
     bench.check_no_orphans()
     before, recorded = bench.evaluations(), bench.recorded()
-    bench.seconds = 0
+    bench.go.touch()
     assert drivers.run(bench) == 0, bench.log.read_text()
     bench.check_finished(expected)
     bench.check_evaluations(before, recorded, kills=1)
@@ -78,7 +78,7 @@ def test_second_signal_ends_at_once(drivers: Zygote, expected: Expected, tmp_pat
 def test_signal_while_the_run_is_being_set_up(
     drivers: Zygote, expected: Expected, tmp_path: Path, delay: float
 ) -> None:
-    bench = Bench(tmp_path)
+    bench = Bench(tmp_path, evaluator=f"{EVALUATORS}:held")
     process = drivers.start(bench)
     wait_until(lambda: "space" in process.text(), 60, "the first line")
     time.sleep(delay)
@@ -88,6 +88,7 @@ def test_signal_while_the_run_is_being_set_up(
     assert "Traceback" not in text
     assert "stopped by SIGINT" in text.strip().splitlines()[-1]
     bench.check_no_orphans()
+    bench.go.touch()
     assert drivers.run(bench) == 0, bench.log.read_text()
     bench.check_finished(expected)
 
@@ -96,7 +97,7 @@ def test_signal_while_the_run_is_being_set_up(
 def test_signal_before_the_run_directory_is_made_leaves_nothing(tmp_path: Path) -> None:
     """As early as the command can be told: a traceback would be as wrong as a half-made directory."""
     for delay in (0.15, 0.3, 0.45, 0.6, 0.9):
-        bench = Bench(tmp_path / str(delay))
+        bench = Bench(tmp_path / str(delay), evaluator=f"{EVALUATORS}:held")
         process = bench.start()
         time.sleep(delay)
         process.send_signal(signal.SIGTERM)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.alone
 NET = Path(__file__).parents[1] / "toys" / "net.py"
 TASK = "tests.nas.faults.tasks:CountedDigits"
 EPOCHS = 4
+PATIENCE = 300.0  # latency is measured, too, which waits for a machine that is busy
 
 
 class Died(BaseException):
@@ -182,7 +183,7 @@ class TrainingBench(Bench):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     bench = TrainingBench(tmp_path_factory.mktemp("undisturbed"), trials=2)
-    code, text = bench.run()
+    code, text = bench.run(seconds=PATIENCE)
     assert code == 0, text
     assert list(bench.epochs().values()) == [list(range(EPOCHS))] * 2
     return bench.results()
@@ -191,17 +192,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_no_epoch_is_trained_twice(undisturbed: list[Any], tmp_path: Path, victim: str) -> None:
-    bench = TrainingBench(tmp_path, trials=2, extra_environment={"NAS_FAULTS_PAUSE": "0.5"})
+    bench = TrainingBench(tmp_path, trials=2, extra_environment={"NAS_FAULTS_HOLD": str(EPOCHS + 2)})
     process = bench.start()
-    wait_until(lambda: bench.saved(1, 2) or process.poll() is not None, 90, "two epochs of the second trial")
+    wait_until(
+        lambda: bench.saved(1, 2) or process.poll() is not None, PATIENCE, "two epochs of the second trial"
+    )
     if victim == "driver":
         process.kill()
         process.communicate()
         bench.check_no_orphans()
         assert len(bench.saved(1, 2)) == 1
-        code, text = bench.nas("resume", str(bench.out))
+        bench.go.touch()
+        code, text = bench.run(["resume", str(bench.out)], PATIENCE)
     else:
         os.kill(int(bench.marks.read_text().split()[-1]), signal.SIGKILL)
+        bench.go.touch()
         text, _ = process.communicate()
         code = process.returncode
     assert code == 0, text
@@ -215,7 +220,7 @@ def test_no_epoch_is_trained_twice(undisturbed: list[Any], tmp_path: Path, victi
 @pytest.mark.slow
 def test_a_candidate_that_is_given_up_leaves_no_checkpoint(tmp_path: Path) -> None:
     bench = TrainingBench(tmp_path, trials=1, extra_environment={"NAS_FAULTS_DEADLY": "2"})
-    bench.run()
+    bench.run(seconds=PATIENCE)
     [trial] = bench.stored()
     assert trial.state == "failed"
     assert trial.result is not None
@@ -225,5 +230,5 @@ def test_a_candidate_that_is_given_up_leaves_no_checkpoint(tmp_path: Path) -> No
     assert not list(bench.out.glob("trials/*/checkpoint"))
     # As after a driver that died between the result and the removal.
     (bench.out / "trials" / "0" / "checkpoint" / "left").mkdir(parents=True)
-    bench.nas("resume", str(bench.out))
+    bench.run(["resume", str(bench.out)], PATIENCE)
     assert not list(bench.out.glob("trials/*/checkpoint"))

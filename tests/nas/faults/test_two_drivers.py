@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,24 @@ from tests.nas.faults.bench import Bench, Zygote, wait_until
 pytestmark = pytest.mark.alone
 
 Expected = dict[str, dict[str, float]]
+HELD = "tests.nas.faults.evaluators:held"
 
 
 def race(bench: Bench, drivers: Zygote | None = None) -> tuple[str, str]:
-    """Start the same command twice at the same moment; the output of the one that worked and of the other."""
+    """Start the same command twice at the same moment; the output of the one that worked and of the other.
+
+    The one that works is held until the other has ended, which may be late to start.
+    """
     if drivers is not None:
         other = copy.copy(bench)
         other.log = bench.folder / "output of the other"
         pair = [drivers.start(bench), drivers.start(other)]
+        release_when(bench, lambda: any("in use by" in process.text() for process in pair))
         codes, texts = zip(*(process.finish() for process in pair), strict=True)
         pids = [process.pid for process in pair]
     else:
         both = [bench.start(), bench.start()]
+        release_when(bench, lambda: any(process.poll() is not None for process in both))
         texts = tuple(process.communicate(timeout=90)[0] for process in both)
         codes = tuple(process.returncode for process in both)
         pids = [process.pid for process in both]
@@ -34,6 +41,13 @@ def race(bench: Bench, drivers: Zygote | None = None) -> tuple[str, str]:
     winner = codes.index(0)
     assert f"PID {pids[winner]}," in texts[1 - winner], texts[1 - winner]
     return texts[winner], texts[1 - winner]
+
+
+def release_when(bench: Bench, condition: Callable[[], bool]) -> None:
+    try:
+        wait_until(condition, 60, "the end of one of the two")
+    finally:
+        bench.go.touch()
 
 
 def check_refusal(bench: Bench, text: str) -> None:
@@ -51,7 +65,7 @@ def test_started_together_on_a_new_directory(
     drivers: Zygote, expected: Expected, tmp_path: Path, rounds: int
 ) -> None:
     for number in range(rounds):
-        bench = Bench(tmp_path / str(number), "journal" if number % 2 else "sqlite", seconds=0.3)
+        bench = Bench(tmp_path / str(number), "journal" if number % 2 else "sqlite", evaluator=HELD)
         _, refused = race(bench, drivers if rounds == 1 else None)
         check_refusal(bench, refused)
         bench.check_finished(expected)
@@ -64,9 +78,10 @@ def test_started_together_on_an_existing_one(
     drivers: Zygote, expected: Expected, tmp_path: Path, rounds: int
 ) -> None:
     for number in range(rounds):
-        bench = Bench(tmp_path / str(number), "journal" if number % 2 else "sqlite", trials=2)
+        storage = "journal" if number % 2 else "sqlite"
+        bench = Bench(tmp_path / str(number), storage, trials=2, evaluator=HELD)
         assert drivers.run(bench) == 0
-        bench.trials, bench.seconds = 6, 0.4
+        bench.trials = 6
         bench.log.unlink()
         _, refused = race(bench, drivers if rounds == 1 else None)
         check_refusal(bench, refused)
