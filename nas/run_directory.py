@@ -21,6 +21,7 @@ __all__ = ["RunDirectory"]
 _BEFORE_RECIPE = ("environment.json", "run.log", "driver.lock")
 _LOCK_ATTEMPTS = 100
 _OWNER_SECONDS = 2.0
+_LOOK_SECONDS = 0.02
 
 
 class RunDirectory:
@@ -112,16 +113,26 @@ class RunDirectory:
         raise UserMistake(f"--out {self.path}: disappears as soon as it is made; choose another directory")
 
     def _lock_or_refuse(self, handle: IO[str]) -> None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        """The lock may be held by one that has not written its name yet, and, for a moment, by what a driver that was
+        killed was just starting: both are waited for."""
+        until = time.monotonic() + _OWNER_SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    handle.close()
+                    reason = f"its file system cannot lock files ({error.strerror})"
+                    raise UserMistake(
+                        f"--out {self.path}: {reason}; choose a directory on another one"
+                    ) from None
             owner = _owner(handle)
-            handle.close()
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                reason = f"its file system cannot lock files ({error.strerror})"
-                raise UserMistake(f"--out {self.path}: {reason}; choose a directory on another one") from None
-            text = f"{self.path}: in use by another driver{owner}; wait for it, stop it, or use another --out"
-            raise UserMistake(text) from None
+            if owner or time.monotonic() >= until:
+                handle.close()
+                text = f"{self.path}: in use by another driver{owner}; wait for it, stop it, or use another --out"
+                raise UserMistake(text)
+            time.sleep(_LOOK_SECONDS)
 
     def on_release(self, closer: Callable[[], None]) -> None:
         """Call ``closer`` before the lock is given back."""
@@ -162,22 +173,14 @@ def _is_file_at(handle: IO[str], place: Path) -> bool:
 
 
 def _owner(handle: IO[str]) -> str:
-    """Who holds the lock, waiting a moment for an owner that has only just got it."""
-    until = time.monotonic() + _OWNER_SECONDS
-    while True:
-        handle.seek(0)
-        try:
-            owner = json.load(handle)
-            host, pid, age = (
-                str(owner["host"]),
-                int(owner["pid"]),
-                max(0, int(time.time()) - int(owner["since"])),
-            )
-        except (ValueError, KeyError, TypeError):
-            host, pid, age = "", 0, 0
-        # A dead process of this machine is the owner before: the one of now has not written its name yet.
-        if host and (host != socket.gethostname() or is_running(pid)):
-            return f" (host {host}, PID {pid}, started {age} s ago)"
-        if time.monotonic() >= until:
-            return ""
-        time.sleep(0.02)
+    """Who holds the lock, as far as its file names a living process."""
+    handle.seek(0)
+    try:
+        owner = json.load(handle)
+        host, pid, since = str(owner["host"]), int(owner["pid"]), int(owner["since"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+    # A dead process of this machine is the owner before.
+    if host == socket.gethostname() and not is_running(pid):
+        return ""
+    return f" (host {host}, PID {pid}, started {max(0, int(time.time()) - since)} s ago)"

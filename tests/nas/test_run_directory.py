@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,36 @@ def test_the_lock_of_a_dead_process_is_free_and_its_name_is_not_repeated(
         with pytest.raises(UserMistake, match=r"in use by another driver; wait"):
             run.acquire()
     run.acquire()
+    run.release()
+
+
+def test_what_a_killed_driver_was_just_starting_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its fork and its exec a worker has the driver's handles, the lock among them."""
+    monkeypatch.setattr("nas.run_directory._OWNER_SECONDS", 30.0)
+    code = (
+        "import os, sys, time; from pathlib import Path; from nas.run_directory import RunDirectory; "
+        "run = RunDirectory(Path(sys.argv[1])); run.acquire(); go = Path(sys.argv[2]);\n"
+        "if os.fork() == 0:\n"
+        "    while not go.exists(): time.sleep(0.01)\n"
+        "    os._exit(0)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    dead = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "go")])
+    dead.wait(timeout=60)
+    run, begun = RunDirectory(tmp_path / "run"), threading.Event()
+
+    def take() -> None:
+        begun.set()
+        run.acquire()
+
+    with ThreadPoolExecutor() as threads:
+        taken = threads.submit(take)
+        assert begun.wait(60)
+        assert not wait([taken], 0.2).done
+        (tmp_path / "go").touch()
+        taken.result(60)
     run.release()
 
 

@@ -254,7 +254,7 @@ def test_a_search_discards_by_prediction(task: Task, tmp_path: Path, monkeypatch
     budget = sorted(sample["median_ms"] for sample in measured(task, 20))[8]
     settings = {
         "space": "efficient_transformer",
-        "trials": 24,
+        "trials": 18,
         "epochs": 1,
         "workers": 1,
         "latency_budget": budget,

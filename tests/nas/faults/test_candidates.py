@@ -10,8 +10,6 @@ import pytest
 from nas.study import StoredTrial
 from tests.nas.faults.bench import TOYS, Bench, Zygote
 
-pytestmark = pytest.mark.alone
-
 Expected = dict[str, dict[str, float]]
 EVALUATORS = "tests.nas.faults.evaluators"
 

@@ -10,8 +10,6 @@ import pytest
 
 from tests.nas.faults.bench import Bench, Zygote, wait_until
 
-pytestmark = pytest.mark.alone
-
 Expected = dict[str, dict[str, float]]
 HELD = "tests.nas.faults.evaluators:held"
 

@@ -20,8 +20,6 @@ from nas.trial_parts import checkpoint_of
 from spaces import get_space
 from tests.nas.faults.bench import Bench, wait_until
 
-pytestmark = pytest.mark.alone
-
 NET = Path(__file__).parents[1] / "toys" / "net.py"
 TASK = "tests.nas.faults.tasks:CountedDigits"
 EPOCHS = 4
