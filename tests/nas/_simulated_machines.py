@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from nas.latency.rounds import Plan, Rounds
 from nas.latency.runner import Times
@@ -37,11 +38,11 @@ class Machine:
     def now(self) -> float:
         return self.at
 
-    def session(self, models: dict[str, float], plan: Plan, **options: object) -> Rounds:
+    def session(self, models: dict[str, float], plan: Plan, **options: Any) -> Rounds:
         made = {name: self.model(name, ms) for name, ms in models.items()}
         rounds = Rounds(
             made, self.model("reference", 1.0), plan, lambda calls: "wall", now=self.now, **options
-        )  # type: ignore[arg-type]
+        )
         rounds.warm_up()
         rounds.run()
         return rounds

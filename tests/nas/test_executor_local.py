@@ -24,6 +24,7 @@ from nas.executors.process import memory_used, out_of_memory_kills
 from tests.conformance.executor import JOBS, ExecutorConformance, failure_of, value_of
 from tests.nas import _executors
 from tests.nas._executors import PATIENCE, alive, begin, run, wait_until
+from tests.nas.faults.bench import pause
 
 make = _executors.make  # a fixture is found by a name in the module of its tests
 LIMIT = 300 << 20
@@ -211,8 +212,7 @@ class TestTimeLimit:
     ) -> None:
         executor = make(1)
         pid = value_of(run(executor, "identify"))["pid"]
-        os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        pause(pid)
         big = {"x": "x" * (3 << 20)}  # more than the pipe takes from a writer that nobody reads
         assert failure_of(run(executor, "echo", big, time_limit=0.3)).kind == "timeout"
         wait_until(lambda: not alive(pid))

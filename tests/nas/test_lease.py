@@ -22,6 +22,7 @@ from nas.errors import UserMistake
 from nas.latency import gate as gate_module
 from nas.latency.gate import DeviceGate, GateTimeout
 from nas.latency.lease import LeaseLost, LockFiles, try_lock
+from tests.nas.faults.bench import pause
 
 pytestmark = pytest.mark.alone
 
@@ -93,13 +94,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.wait()
 
 
-def pause(process: subprocess.Popen[bytes]) -> None:
-    """Stop it, and return when it has stopped: on another core that is a moment after the signal was sent."""
-    process.send_signal(signal.SIGSTOP)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status), status
-
-
 def wait_for(path: Path, seconds: float = 30.0) -> str:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -152,7 +146,7 @@ def test_a_stopped_holder_is_passed_over_and_fenced_off_when_it_comes_back(
 ) -> None:
     holder = start(HOLDER, stale_after=0.3)
     token = int(wait_for(tmp_path / "held"))
-    pause(holder)
+    pause(holder.pid)
     with DeviceGate("cpu", tmp_path).exclusive(timeout=20.0) as lease:
         assert lease.token > token
         assert not (tmp_path / "lost").exists()
@@ -171,7 +165,7 @@ def test_waiters_that_race_for_a_stale_device_get_it_one_at_a_time_while_sharers
 ) -> None:
     holder = start(HOLDER, stale_after=0.3)
     token = int(wait_for(tmp_path / "held"))
-    pause(holder)
+    pause(holder.pid)
     sharers = [start(SHARER) for _ in range(2)]
     measurers = [start(MEASURER, 2) for _ in range(3)]
     assert [process.wait(60) for process in measurers] == [0, 0, 0]
@@ -196,7 +190,7 @@ def test_a_stopped_measurer_that_still_waits_for_sharers_is_passed_over(tmp_path
         files = LockFiles(tmp_path, "cpu")
         while files.owner(files.latest()) is None:
             time.sleep(0.005)
-        pause(waiter)
+        pause(waiter.pid)
         token = files.latest()
     with DeviceGate("cpu", tmp_path).exclusive(timeout=20.0) as lease:
         assert lease.token > token

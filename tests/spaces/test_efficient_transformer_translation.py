@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -154,13 +155,13 @@ class TestTranslationModels:
         )
 
     def test_embeddings_are_shared(self) -> None:
-        plan = {
+        plan: dict[str, Any] = {
             "encoder": [EncoderSpec(1, 4)],
             "decoder": [DecoderSpec(1, 1, 4)],
             "options": TranslationOptions(),
         }
-        shared = EncoderDecoder(SENTENCES, dims=(24, 16), **plan)  # type: ignore[arg-type]
-        apart = EncoderDecoder(TWO_VOCABULARIES, dims=(24, 16), **plan)  # type: ignore[arg-type]
+        shared = EncoderDecoder(SENTENCES, dims=(24, 16), **plan)
+        apart = EncoderDecoder(TWO_VOCABULARIES, dims=(24, 16), **plan)
         names = {name: tuple(p.shape) for name, p in shared.named_parameters() if "embedding" in name}
         assert names == {"target_embedding.weight": (31, 24)}
         names = {name: tuple(p.shape) for name, p in apart.named_parameters() if "embedding" in name}

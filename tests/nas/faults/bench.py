@@ -16,12 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nas.reader import read_run
 from nas.study import StoredTrial
 
 ROOT = Path(__file__).parents[3]
 TOYS = Path(__file__).parents[1] / "toys" / "toy.py"
 MARKER = "NAS_FAULTS_RUN"
+HELD = "tests.nas.faults.evaluators:held"
+"""An evaluator: candidates are held until the file ``Bench.go`` is there."""
 
 
 def wait_until(condition: Any, seconds: float, what: str) -> None:
@@ -30,6 +34,17 @@ def wait_until(condition: Any, seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < until, f"{what}: not within {seconds:g} s"
         time.sleep(0.01)
+
+
+def pause(pid: int) -> None:
+    """Stop a process, and return when it has stopped: on another core that is a moment after the signal was sent."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: _has_stopped(pid), 60, "the stop of a process")
+
+
+def _has_stopped(pid: int) -> bool:
+    threads = [psutil.Process(thread.id) for thread in psutil.Process(pid).threads()]
+    return all(thread.status() == psutil.STATUS_STOPPED for thread in threads)
 
 
 def processes_with(marker: str) -> list[int]:

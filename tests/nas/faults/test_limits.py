@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.nas.faults.bench import Bench, Zygote, wait_until
+from tests.nas.faults.bench import HELD, Bench, Zygote, wait_until
 
 Expected = dict[str, dict[str, float]]
-HELD = "tests.nas.faults.evaluators:held"
 
 
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])

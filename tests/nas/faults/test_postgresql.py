@@ -14,7 +14,7 @@ import pytest
 
 from nas.reader import read_run
 from nas.study import StoredTrial
-from tests.nas.faults.bench import TOYS, Bench, wait_until
+from tests.nas.faults.bench import HELD, TOYS, Bench, pause, wait_until
 from tests.nas.faults.postgresql import Server, start_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(180)]
@@ -33,9 +33,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"journal:{tmp_path}/journal.log"
     made: Server = request.getfixturevalue("server")
     return made.create(f"study_{abs(hash(str(tmp_path)))}")
-
-
-HELD = "tests.nas.faults.evaluators:held"
 
 
 class Joined(Bench):
@@ -156,7 +153,7 @@ def test_a_paused_driver_that_comes_back_is_refused_its_late_result(url: str, tm
     first.seconds = 6.0
     paused = first.start()
     wait_until(lambda: sum(first.evaluations().values()) >= 1, 60, "the first evaluation")
-    os.kill(paused.pid, signal.SIGSTOP)
+    pause(paused.pid)
     other = second.start()
     text = end(other)
     assert "6 complete" in text, text

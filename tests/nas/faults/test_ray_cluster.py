@@ -21,7 +21,7 @@ from nas.executors import RayExecutor
 from nas.reader import read_run
 from tests.conformance.executor import failure_of, value_of
 from tests.nas.data_jobs import DATA_JOBS
-from tests.nas.faults.bench import Bench, wait_until
+from tests.nas.faults.bench import Bench, pause, wait_until
 from tests.nas.ray_jobs import RAY_JOBS, EvenHost, SlowHost
 
 ROOT = Path(__file__).parents[3]
@@ -131,11 +131,6 @@ def test_work_of_a_lost_node_is_done_elsewhere(new_cluster: NewCluster, make: An
     wait_until(lambda: executor.capacity == 3, PATIENCE, "the new node's place")
 
 
-def has_stopped(pid: int) -> bool:
-    threads = [psutil.Process(thread.id) for thread in psutil.Process(pid).threads()]
-    return all(thread.status() == psutil.STATUS_STOPPED for thread in threads)
-
-
 def test_a_hanging_node_is_given_up(
     new_cluster: NewCluster, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +146,7 @@ def test_a_hanging_node_is_given_up(
     def stop(event: dict[str, Any]) -> None:
         pids.append(event["actor"])
         if len(pids) == 1:
-            os.kill(event["actor"], signal.SIGSTOP)
-            wait_until(lambda: has_stopped(event["actor"]), PATIENCE, "the stop of the actor")
+            pause(event["actor"])
 
     outcome = executor.submit(RAY_JOBS + "name_actor", {}, on_event=stop).result(PATIENCE)
     assert value_of(outcome) == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nas.faults.bench import Bench, Driver, Zygote, wait_until
+from tests.nas.faults.bench import HELD, Bench, Driver, Zygote, wait_until
 
 pytestmark = pytest.mark.alone
 
@@ -43,7 +43,7 @@ def test_one_signal_parks_what_runs(
 
 
 def test_resumed_after_a_signal(drivers: Zygote, expected: Expected, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, evaluator=f"{EVALUATORS}:held")
+    bench = Bench(tmp_path, evaluator=HELD)
     process = started(drivers, bench, 3)
     process.send_signal(signal.SIGINT)
     code, text = process.finish(30)
@@ -56,7 +56,7 @@ def test_resumed_after_a_signal(drivers: Zygote, expected: Expected, tmp_path: P
 
 
 def test_second_signal_ends_at_once(drivers: Zygote, expected: Expected, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, evaluator=f"{EVALUATORS}:held")
+    bench = Bench(tmp_path, evaluator=HELD)
     process = started(drivers, bench, 3)
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
@@ -78,7 +78,7 @@ def test_second_signal_ends_at_once(drivers: Zygote, expected: Expected, tmp_pat
 def test_signal_while_the_run_is_being_set_up(
     drivers: Zygote, expected: Expected, tmp_path: Path, delay: float
 ) -> None:
-    bench = Bench(tmp_path, evaluator=f"{EVALUATORS}:held")
+    bench = Bench(tmp_path, evaluator=HELD)
     process = drivers.start(bench)
     wait_until(lambda: "space" in process.text(), 60, "the first line")
     time.sleep(delay)
@@ -97,7 +97,7 @@ def test_signal_while_the_run_is_being_set_up(
 def test_signal_before_the_run_directory_is_made_leaves_nothing(tmp_path: Path) -> None:
     """As early as the command can be told: a traceback would be as wrong as a half-made directory."""
     for delay in (0.15, 0.3, 0.45, 0.6, 0.9):
-        bench = Bench(tmp_path / str(delay), evaluator=f"{EVALUATORS}:held")
+        bench = Bench(tmp_path / str(delay), evaluator=HELD)
         process = bench.start()
         time.sleep(delay)
         process.send_signal(signal.SIGTERM)
